@@ -1,0 +1,1 @@
+"""Embeddings in, numbers with error bars out; FAISS lives here, and no file of training data."""
