@@ -1,0 +1,34 @@
+"""Dual encoders that put pictures and texts into one space, their objective, and fusion heads.
+
+Tensors in, tensors out: nothing here reads a shard, a YAML file or an index. The public face is
+small, and importing it is cheap; torch comes with the first name used.
+
+    >>> import align
+    >>> model = align.load("runs/demo/bundle")
+    >>> pictures = model.encode_image([picture])            # Float[Tensor, "1 dim"], unit length
+    >>> texts = model.encode_text(["red heart", "a dog"])   # Float[Tensor, "2 dim"], unit length
+    >>> (pictures @ texts.T).argmax(dim=1)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.bundle import load, save
+    from align.losses import InfoNCE
+    from align.model import DualEncoder
+
+__all__ = ["DualEncoder", "InfoNCE", "load", "save"]
+
+_HOMES = {
+    "DualEncoder": "align.model",
+    "InfoNCE": "align.losses",
+    "load": "align.bundle",
+    "save": "align.bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'align' has no attribute {name!r}; it has {sorted(_HOMES)}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,118 @@
+"""A trained dual encoder as a folder that anybody can load: weights, tokenizer, how to rebuild.
+
+    bundle/
+      config.json         towers, width, picture size, pixel statistics; where it came from
+      model.safetensors   the weights
+      tokenizer/          Hugging Face's format
+      README.md           the model card
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from align.checkpoint import whole_folder
+from align.encoders import HuggingFaceTextEncoder, TimmImageEncoder
+from align.model import DualEncoder, DualEncoderConfig, Tower
+from align.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+def save(
+    model: DualEncoder,
+    folder: Path | str,
+    *,
+    card: str = "",
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write a bundle, whole or not at all.
+
+    Args:
+        model: what to save.
+        folder: replaced if it is there.
+        card: text of the model card (Markdown).
+        provenance: JSON values that say where the weights came from.
+    """
+    config = _self_contained(model)
+    with whole_folder(folder) as beside:
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, beside / "model.safetensors")
+        model.tokenizer.save(beside / "tokenizer")
+        description = {
+            "format": FORMAT,
+            "model": config.to_dict(),
+            "provenance": provenance or {},
+        }
+        (beside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        (beside / "README.md").write_text(card or "# A dual encoder trained with Align\n")
+
+
+def load(path: Path | str) -> DualEncoder:
+    """Load a bundle from a folder, or from the Hugging Face hub by its id, ready to encode.
+
+    Args:
+        path: a folder that `save` wrote, or a hub id such as `someone/some-model`.
+
+    Raises:
+        ValueError: there is no bundle, or it is damaged.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        folder = _from_hub(str(path))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{path} is no bundle: it has no config.json")
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        if description["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has bundle format {description['format']}; this version reads {FORMAT}"
+            )
+        config = DualEncoderConfig.from_dict(description["model"])
+        tokenizer = Tokenizer.load(folder / "tokenizer", context_length=config.context_length)
+        model = DualEncoder(config, tokenizer)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is a damaged bundle: {first}") from error
+    return model.eval()
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except HFValidationError as error:
+        raise ValueError(f"there is no bundle {name}: no such folder") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no folder {name}, and the hub gave no such model: {first}"
+        ) from error
+
+
+def _self_contained(model: DualEncoder) -> DualEncoderConfig:
+    """The configuration with everything resolved that otherwise a hub or a library would supply."""
+    config = model.config
+    if isinstance(model.image, TimmImageEncoder):
+        statistics = {
+            key: [round(float(value) / 255, 6) for value in buffer.flatten()]
+            for key, buffer in (("mean", model.image.pixel_mean), ("std", model.image.pixel_std))
+        }
+        options = {**config.image.options, **statistics, "pretrained": False}
+        config = replace(config, image=Tower(config.image.name, options))
+    if isinstance(model.text, HuggingFaceTextEncoder):
+        text = model.text.transformer.config
+        fields = text.to_diff_dict()
+        for key in ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path"):
+            fields.pop(key, None)
+        pooler = {key: config.text.options[key] for key in ("pooler",) if key in config.text.options}
+        config = replace(
+            config, text=Tower(f"hf:{text.model_type}", {**fields, **pooler, "pretrained": False})
+        )
+    return config
