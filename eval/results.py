@@ -1,12 +1,10 @@
-"""What an evaluation says: figures with intervals, the protocol behind them, and their JSON form."""
-
-from __future__ import annotations
+"""What an evaluation says: figures with intervals, the protocol behind them, their JSON form."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from jaxtyping import Float, Int64
 from numpy import ndarray
@@ -20,13 +18,14 @@ class Figure:
     """One measured number with its 95 % interval.
 
     Attributes:
-        name: What was measured, e.g. ``image_to_text_recall@1``.
-        value: The point estimate, in ``unit``.
+        name: What was measured, e.g. `image_to_text_recall@1`.
+        value: The point estimate, in `unit`.
         low: Lower end of the 95 % interval.
         high: Upper end of the 95 % interval.
         count: How many items (queries, images) were averaged.
         chance: What guessing without looking would reach, where that can be said exactly.
-        unit: ``fraction`` (0 to 1, printed as percent), ``rank`` (1 is best), or any other word.
+        unit: `fraction` (0 to 1, printed as percent), `points` (a difference of two fractions,
+            printed as signed percentage points), `rank` (1 is best), or any other word.
         higher_is_better: The direction of the figure.
     """
 
@@ -41,7 +40,9 @@ class Figure:
 
     def format(self, number: float) -> str:
         """Write a number in this figure's unit: percent for fractions, else one decimal."""
-        return f"{100 * number:.1f} %" if self.unit == "fraction" else f"{number:.1f}"
+        if self.unit == "fraction":
+            return f"{100 * number:.1f} %"
+        return f"{100 * number:+.1f}" if self.unit == "points" else f"{number:.1f}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Report:
     """The result of one task on one model and one set of data.
 
     Attributes:
-        task: The task's name, a key of ``eval.tasks.TASKS``.
+        task: The task's name, a key of `eval.tasks.TASKS`.
         figures: The measured numbers, the most important first.
         protocol: Everything two figures must share to be comparable (items, candidates, tie rule,
             data fingerprint). JSON values only; the model is *not* part of it.
@@ -92,7 +93,7 @@ class Report:
         raise KeyError(f"report {self.task!r} has no figure {name!r}; it has: {known}")
 
     def to_json(self) -> dict[str, Any]:
-        """The report as values ``json.dumps`` accepts, without the per-item outcomes."""
+        """The report as values `json.dumps` accepts, without the per-item outcomes."""
         return {
             "version": SCHEMA_VERSION,
             "task": self.task,
@@ -103,7 +104,7 @@ class Report:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Report:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read back what :meth:`to_json` wrote.
 
         Raises:
@@ -129,10 +130,10 @@ class Report:
 def format_table(reports: Iterable[Report]) -> str:
     """Lay reports out as one aligned plain-text table, a line per figure.
 
-    Fractions are percent; ``-`` stands where no exact chance level is known.
+    Fractions are percent; `-` stands where no exact chance level is known.
     """
     header = ("task", "figure", "value", "95 % interval", "chance", "items")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for report in reports:
         name = report.title or report.task
         for figure in report.figures:

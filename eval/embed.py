@@ -1,0 +1,494 @@
+"""The embedding table: vectors and their metadata on disk, in parts, each written whole.
+
+The layout is the one clip-retrieval and embedding-reader read:
+
+    img_emb/img_emb_0.npy      unit-length rows, float16 or float32
+    text_emb/text_emb_0.npy    the same rows of the other modality
+    metadata/metadata_0.parquet    id, key, caption, shard, and the samples' own fields
+    table.json                 what there is: parts, rows, fingerprints, checksums
+
+Their only join is the order of the rows. Here every row also has the stable id of its sample, ids
+ascend through the table, and `table.json` holds the rows and the SHA-256 of every file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Float32, Int64
+from numpy import ndarray
+from pyarrow import parquet
+
+from eval.metrics import check_rows
+
+TABLE_VERSION = 1
+"""Version of `table.json`; a reader refuses any other."""
+
+MODALITIES = {"image": "img_emb", "text": "text_emb"}
+"""What can be embedded, and the folder it lies in."""
+
+_COLUMNS = pa.schema(
+    [("id", pa.int64()), ("key", pa.string()), ("caption", pa.string()), ("shard", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class EmbeddedRows:
+    """Some consecutive samples with their embeddings.
+
+    Attributes:
+        ids: Stable sample ids, ascending within and across batches.
+        keys: The samples' keys.
+        captions: Their captions; None where there is none.
+        shards: The names of the files they came from.
+        embeddings: Per modality one row per sample, of any length but zero.
+        fields: The samples' own JSON members; nested ones become columns `outer.inner`, and a field
+            named like one of the four columns above gives way to it.
+    """
+
+    ids: Int64[ndarray, " rows"]
+    keys: Sequence[str]
+    captions: Sequence[str | None]
+    shards: Sequence[str]
+    embeddings: Mapping[str, Float[ndarray, "rows dim"]]
+    fields: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a table: its rows, the last sample id in it, and its files' SHA-256 by path."""
+
+    rows: int
+    last_id: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TableCard:
+    """The content of `table.json`.
+
+    Attributes:
+        modalities: What was embedded, in a fixed order.
+        dim: Length of a row.
+        dtype: `float16` or `float32`.
+        rows_per_part: Rows of every part but the last.
+        fingerprints: Which model and data the rows are from; a resumed run must have the same.
+        origin: Free JSON values for the reader, such as where model and data lie.
+        complete: Whether the last row was written.
+        parts: The parts in order.
+    """
+
+    modalities: tuple[str, ...]
+    dim: int
+    dtype: str
+    rows_per_part: int
+    fingerprints: dict[str, str]
+    origin: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(part.rows for part in self.parts)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `table.json`.
+
+        Raises:
+            FileNotFoundError: The folder holds no table.
+            ValueError: The file is damaged or of another version.
+        """
+        path = folder / "table.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: not an embedding table (no table.json in it)")
+        try:
+            value = json.loads(path.read_bytes())
+            version = value.pop("version")
+            if version != TABLE_VERSION:
+                raise ValueError(f"version {version}, but this release reads {TABLE_VERSION}")
+            value["modalities"] = tuple(value["modalities"])
+            value["parts"] = tuple(Part(**part) for part in value["parts"])
+            return cls(**value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: not readable ({error}); embed again") from error
+
+    def save(self, folder: Path) -> None:
+        """Write `table.json` whole."""
+        text = json.dumps({"version": TABLE_VERSION, **asdict(self)}, indent=1)
+        _write_whole(folder / "table.json", lambda file: file.write(text.encode()))
+
+
+class TableWriter:
+    """Write a table part by part; after a kill a new writer goes on behind the last whole part.
+
+    Batches may have any size: the parts, and every byte of them, depend on the rows alone.
+
+    Args:
+        out: The table's folder, new, empty, or an unfinished table with the same options.
+        modalities: What every batch will bring.
+        dim: Length of an embedding.
+        fingerprints: Which model and data the rows are from.
+        dtype: How vectors are stored.
+        rows_per_part: Rows of a part; two of them are held in memory at most.
+        origin: Free JSON values, kept in the table and copied to indexes built from it.
+
+    Raises:
+        ValueError: The folder holds something else, or a table begun with other options.
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        *,
+        modalities: Sequence[str],
+        dim: int,
+        fingerprints: Mapping[str, str],
+        dtype: Literal["float16", "float32"] = "float16",
+        rows_per_part: int = 100_000,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(out)
+        self._pending: list[EmbeddedRows] = []
+        self._schema = _COLUMNS
+        wanted = TableCard(
+            modalities=tuple(name for name in MODALITIES if name in modalities),
+            dim=dim,
+            dtype=dtype,
+            rows_per_part=rows_per_part,
+            fingerprints=dict(fingerprints),
+            origin=dict(origin or {}),
+        )
+        if len(wanted.modalities) != len(modalities) or not modalities:
+            raise ValueError(f"modalities: {list(modalities)}, but know {list(MODALITIES)}")
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f"dtype: {dtype!r}, but a table holds float16 or float32")
+        if rows_per_part < 1 or dim < 1:
+            raise ValueError(f"rows_per_part {rows_per_part} and dim {dim} must be at least 1")
+        self.card = self._resume(wanted)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows in whole parts; later ones are not on disk yet."""
+        return self.card.rows
+
+    @property
+    def next_id(self) -> int:
+        """The least sample id that may come next, given the whole parts: where a source resumes."""
+        return self.card.parts[-1].last_id + 1 if self.card.parts else 0
+
+    def add(self, batch: EmbeddedRows) -> None:
+        """Take the next rows, and write the parts they fill.
+
+        Raises:
+            ValueError: Ids do not ascend, columns differ in length, a modality is missing or too
+                much, or a row has no direction (NaN, infinity, zeros); nothing of it is kept.
+        """
+        self._check(batch)
+        self._pending.append(batch)
+        waiting = sum(len(rows.ids) for rows in self._pending)
+        while waiting >= self.card.rows_per_part:
+            merged = _merge(self._pending)
+            size = self.card.rows_per_part
+            self._write_part(_slice(merged, 0, size))
+            waiting -= size
+            self._pending = [_slice(merged, size, size + waiting)] if waiting else []
+
+    def finish(self) -> "EmbeddingTable":
+        """Write the last, shorter part, mark the table complete and open it.
+
+        Raises:
+            ValueError: No row was ever added.
+        """
+        if self._pending:
+            self._write_part(_merge(self._pending))
+            self._pending = []
+        if not self.card.parts:
+            raise ValueError(f"{self.folder}: no samples to embed")
+        self._save(complete=True)
+        return EmbeddingTable(self.folder, check="sizes")
+
+    def _resume(self, wanted: TableCard) -> TableCard:
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            wanted.save(self.folder)
+            return wanted
+        if not (self.folder / "table.json").exists():
+            raise ValueError(f"{self.folder}: holds other files; embed into a new folder")
+        found = TableCard.load(self.folder)
+        for name in ("modalities", "dim", "dtype", "rows_per_part", "fingerprints"):
+            there, here = getattr(found, name), getattr(wanted, name)
+            if there != here:
+                raise ValueError(
+                    f"{self.folder}: begun with {name} {there}, now {here}; embed into a new folder"
+                )
+        _verify(self.folder, found.parts, check="sha256")
+        for number in range(len(found.parts)):
+            path = self.folder / f"metadata/metadata_{number}.parquet"
+            self._schema = _unified(self._schema, parquet.read_schema(path))
+        return found
+
+    def _check(self, batch: EmbeddedRows) -> None:
+        rows = len(batch.ids)
+        columns = {"keys": batch.keys, "captions": batch.captions, "shards": batch.shards}
+        if batch.fields is not None:
+            columns["fields"] = batch.fields
+        for name, column in {**columns, **batch.embeddings}.items():
+            if len(column) != rows:
+                raise ValueError(f"embedded rows: {rows} ids but {len(column)} of {name}")
+        last = self._pending[-1].ids[-1] if self._pending else self.next_id - 1
+        steps = np.diff(batch.ids, prepend=last)
+        if (steps < 1).any():
+            row = int(np.argmax(steps < 1))
+            raise ValueError(
+                f"embedded rows: sample id {batch.ids[row]} (key {batch.keys[row]!r}) comes after "
+                f"{batch.ids[row] - steps[row]}; ids must ascend, each once"
+            )
+        if set(batch.embeddings) != set(self.card.modalities):
+            given, known = sorted(batch.embeddings), sorted(self.card.modalities)
+            raise ValueError(f"embedded rows: modalities {given}, but the table has {known}")
+        for name, vectors in batch.embeddings.items():
+            if vectors.shape[1] != self.card.dim:
+                width = vectors.shape[1]
+                raise ValueError(f"{name} embeddings: {width} wide, the table {self.card.dim}")
+            check_rows(vectors, f"{name} (samples {batch.ids[0]} to {batch.ids[-1]})")
+
+    def _write_part(self, rows: EmbeddedRows) -> None:
+        number = len(self.card.parts)
+        files = {}
+        for name in self.card.modalities:
+            folder = MODALITIES[name]
+            vectors = unit_rows(rows.embeddings[name]).astype(self.card.dtype)
+            path = f"{folder}/{folder}_{number}.npy"
+            files[path] = _write_whole(
+                self.folder / path, lambda file, vectors=vectors: np.save(file, vectors)
+            )
+        table = _metadata(rows)
+        self._schema = _unified(self._schema, table.schema)
+        path = f"metadata/metadata_{number}.parquet"
+        files[path] = _write_whole(
+            self.folder / path, lambda file: parquet.write_table(table, file)
+        )
+        # The part exists from here on: files without an entry are overwritten by a resumed run.
+        self._save(parts=(*self.card.parts, Part(len(rows.ids), int(rows.ids[-1]), files)))
+
+    def _save(self, **changes: Any) -> None:
+        self.card = TableCard(**{**vars(self.card), **changes})
+        self.card.save(self.folder)
+
+
+class EmbeddingTable:
+    """A complete table on disk, checked on opening.
+
+    Args:
+        folder: Where it lies.
+        check: `sha256` reads every file once and compares; `sizes` only looks that rows and files
+            agree.
+
+    Raises:
+        FileNotFoundError: No table there, or one of its files is missing.
+        ValueError: The table is unfinished or a file was changed; the line names it.
+    """
+
+    def __init__(self, folder: Path | str, *, check: Literal["sha256", "sizes"] = "sha256") -> None:
+        self.folder = Path(folder)
+        self.card = TableCard.load(self.folder)
+        if not self.card.complete:
+            raise ValueError(
+                f"{self.folder}: unfinished, {self.card.rows} rows so far; run the same embedding "
+                "again to complete it"
+            )
+        _verify(self.folder, self.card.parts, check=check)
+
+    @property
+    def rows(self) -> int:
+        """How many samples there are."""
+        return self.card.rows
+
+    @property
+    def metadata_paths(self) -> list[Path]:
+        """The Parquet files, in row order."""
+        numbers = range(len(self.card.parts))
+        return [self.folder / f"metadata/metadata_{number}.parquet" for number in numbers]
+
+    def parts(self, modality: str) -> Iterator[Float32[ndarray, "rows dim"]]:
+        """Yield the unit-length rows part by part, each in memory only while it is used."""
+        for number in range(len(self.card.parts)):
+            yield unit_rows(self._open_part(modality, number))
+
+    def vectors(
+        self, modality: str, rows: Int64[ndarray, " rows"] | None = None
+    ) -> Float32[ndarray, "rows dim"]:
+        """Unit-length rows by row number, in the order asked for; all of them by default."""
+        if rows is None:
+            return np.concatenate(list(self.parts(modality)))
+        ends = np.cumsum([part.rows for part in self.card.parts])
+        part_of = np.searchsorted(ends, rows, side="right")
+        found = np.empty((len(rows), self.card.dim), dtype=np.float32)
+        for number in np.unique(part_of):
+            here = np.flatnonzero(part_of == number)
+            first = ends[number] - self.card.parts[number].rows
+            found[here] = self._open_part(modality, int(number))[rows[here] - first]
+        return unit_rows(found)
+
+    def metadata(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The metadata of all rows; a column that some parts lack is null there."""
+        tables = []
+        for path in self.metadata_paths:
+            names = set(parquet.read_schema(path).names)
+            wanted = None if columns is None else [name for name in columns if name in names]
+            tables.append(parquet.read_table(path, columns=wanted, partitioning=None))
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+    def _open_part(self, modality: str, number: int) -> Float[ndarray, "rows dim"]:
+        if modality not in self.card.modalities:
+            raise ValueError(
+                f"{self.folder}: holds no {modality} embeddings, only "
+                f"{' and '.join(self.card.modalities)}"
+            )
+        folder = MODALITIES[modality]
+        path = self.folder / f"{folder}/{folder}_{number}.npy"
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def write_table(
+    out: Path | str,
+    batches: Callable[[int], Iterable[EmbeddedRows]],
+    *,
+    modalities: Sequence[str],
+    dim: int,
+    fingerprints: Mapping[str, str],
+    **options: Any,
+) -> EmbeddingTable:
+    """Write a whole table, or the rest of one whose writing was killed.
+
+    Args:
+        out: The table's folder.
+        batches: Called once with the least sample id that is not on disk yet; gives the samples
+            from that id on, in ascending order.
+        modalities: As for :class:`TableWriter`, like the remaining arguments.
+        dim: Length of an embedding.
+        fingerprints: Which model and data the rows are from.
+        **options: `dtype`, `rows_per_part`, `origin` of :class:`TableWriter`.
+
+    Raises:
+        ValueError: As :class:`TableWriter` and its methods.
+    """
+    writer = TableWriter(out, modalities=modalities, dim=dim, fingerprints=fingerprints, **options)
+    if writer.card.complete:
+        return EmbeddingTable(out, check="sizes")  # the writer has compared every checksum
+    for batch in batches(writer.next_id):
+        writer.add(batch)
+    return writer.finish()
+
+
+def unit_rows(rows: Float[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
+    """Rows scaled to unit length, in float32."""
+    exact = rows.astype(np.float32)
+    return exact / np.sqrt(np.sum(exact * exact, axis=1, keepdims=True))
+
+
+def _metadata(rows: EmbeddedRows) -> pa.Table:
+    columns: dict[str, list[Any]] = {}
+    for row, sample in enumerate(rows.fields or ()):
+        for name, value in _flatten(sample):
+            if name not in _COLUMNS.names:
+                columns.setdefault(name, [None] * len(rows.ids))[row] = value
+    arrays = {}
+    for name in sorted(columns):
+        try:
+            arrays[name] = pa.array(columns[name])
+        except pa.ArrowException as error:
+            raise ValueError(f"field {name!r} has values of several types: {error}") from error
+    known = [rows.ids, rows.keys, rows.captions, rows.shards]
+    fixed = {
+        column.name: pa.array(values, type=column.type)
+        for column, values in zip(_COLUMNS, known, strict=True)
+    }
+    return pa.table({**fixed, **arrays})
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flatten(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
+
+
+def _unified(before: pa.Schema, new: pa.Schema) -> pa.Schema:
+    try:
+        return pa.unify_schemas([before, new], promote_options="permissive")
+    except pa.ArrowException as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"a field changes its type between parts of the table: {line}") from error
+
+
+def _merge(batches: Sequence[EmbeddedRows]) -> EmbeddedRows:
+    names = batches[0].embeddings
+    fields = [sample for batch in batches for sample in batch.fields or [{}] * len(batch.ids)]
+    return EmbeddedRows(
+        ids=np.concatenate([batch.ids for batch in batches]),
+        keys=[key for batch in batches for key in batch.keys],
+        captions=[caption for batch in batches for caption in batch.captions],
+        shards=[shard for batch in batches for shard in batch.shards],
+        embeddings={
+            name: np.concatenate([batch.embeddings[name] for batch in batches]) for name in names
+        },
+        fields=fields,
+    )
+
+
+def _slice(rows: EmbeddedRows, start: int, stop: int) -> EmbeddedRows:
+    return EmbeddedRows(
+        ids=rows.ids[start:stop],
+        keys=rows.keys[start:stop],
+        captions=rows.captions[start:stop],
+        shards=rows.shards[start:stop],
+        embeddings={name: vectors[start:stop] for name, vectors in rows.embeddings.items()},
+        fields=None if rows.fields is None else rows.fields[start:stop],
+    )
+
+
+def _verify(folder: Path, parts: Sequence[Part], *, check: Literal["sha256", "sizes"]) -> None:
+    for part in parts:
+        for name, expected in part.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: this part of the table is missing; embed again")
+            if check == "sha256" and file_sha256(path) != expected:
+                raise ValueError(f"{path}: changed since it was written; embed again")
+            if check == "sizes" and _rows_in(path) != part.rows:
+                raise ValueError(f"{path}: {_rows_in(path)} rows, table.json says {part.rows}")
+
+
+def _rows_in(path: Path) -> int:
+    if path.suffix == ".npy":
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+    return parquet.read_metadata(path).num_rows
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> str:
+    """Write a file beside its place, flush it to disk, rename it; return its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".writing")
+    with beside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = file_sha256(beside)
+    beside.replace(path)
+    return digest
