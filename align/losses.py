@@ -67,7 +67,7 @@ class InfoNCE(nn.Module):
         text: Float[Tensor, "batch dim"],
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of the global batch, in nats.
+        """The loss of the global batch, in nats; in fp32 or better, whatever the autocast.
 
         Args:
             image: unit-length rows of this process.
@@ -75,25 +75,27 @@ class InfoNCE(nn.Module):
             labels: rows of equal label are right for each other; None = row i for row i alone.
         """
         with torch.autocast(image.device.type, enabled=False):
-            image, text = image.float(), text.float()
+            exact = torch.promote_types(image.dtype, torch.float32)
+            image, text = image.to(exact), text.to(exact)
             all_image, all_text = gather_rows(image), gather_rows(text)
-            positives = self._positives(len(image), len(all_image), labels, image.device)
+            positives = self._positives(image, len(all_image), labels)
             scale = self.scale()
             rows = self._cross_entropy(scale * image @ all_text.T, positives)
             columns = self._cross_entropy(scale * text @ all_image.T, positives)
             return (rows + columns).mean() / 2
 
     def _positives(
-        self, batch: int, total: int, labels: Tensor | None, device: torch.device
+        self, rows: Float[Tensor, "batch dim"], total: int, labels: Tensor | None
     ) -> Float[Tensor, "batch total"]:
         """The share of each row's target that each column carries."""
+        batch, device = len(rows), rows.device
         if labels is None:
             rank = dist.get_rank() if world_size() > 1 else 0
             labels = torch.arange(batch, device=device) + rank * batch
             columns = torch.arange(total, device=device)
         else:
             columns = gather_labels(labels)
-        right = (labels[:, None] == columns[None, :]).float()
+        right = (labels[:, None] == columns[None, :]).to(rows.dtype)
         target = right / right.sum(dim=1, keepdim=True)
         return target * (1 - self.label_smoothing) + self.label_smoothing / total
 

@@ -1,0 +1,422 @@
+"""`align pretrain`: shards in, a trained dual encoder out.
+
+One process or many (`accelerate launch -m pipelines.pretrain CONFIG.yaml`): the same samples in
+the same global batches, the same loss, the same gradients.
+"""
+
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from align.bundle import save
+from align.checkpoint import checkpoints, load_state, save_state
+from align.losses import InfoNCE
+from align.model import DualEncoder, DualEncoderConfig, Tower
+from align.objective import ContrastiveObjective
+from align.optim import cosine_factor, parameter_groups, set_learning_rate
+from align.tokenizer import Tokenizer
+from pipelines import run_folder
+from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
+from pipelines.config import ConfigError, read_yaml
+from pipelines.evaluate import embed_pairs, retrieval_report
+from pipelines.progress import StopOnSignal, TrainingLog
+from pipelines.schemas import ModelConfig, PretrainConfig
+from shards.augment import Augment
+from shards.loader import Batch, ShardLoader
+from shards.manifest import Manifest
+
+BAD_STEPS_IN_A_ROW = 5
+"""After so many steps without a finite gradient the run stops: nothing good follows."""
+
+
+@dataclass
+class Training:
+    """Everything a step touches."""
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    loader: ShardLoader
+    captions: CaptionWriter
+    objective: ContrastiveObjective
+    wrapped: Any  # the objective as Accelerate prepared it
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    fingerprint: str
+    step: int = 0
+    skipped: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.config.samples // self.config.batch_size
+
+    @property
+    def chosen_model(self) -> DualEncoder:
+        """The averaged weights where there are any, else the trained ones."""
+        chosen: Any = self.objective if self.average is None else self.average.module
+        return chosen.model
+
+    def due(self, samples: int) -> bool:
+        """Whether a cadence of so many samples falls due with the step just taken."""
+        done = self.step * self.config.batch_size
+        return done // samples > (done - self.config.batch_size) // samples
+
+
+def run(config: PretrainConfig) -> int:
+    """Train until the end, or until asked to stop; then a checkpoint lies ready to go on."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(run_folder.locked(config.out))
+            refuse_to_mix(config)
+        training = build(config, accelerator)
+        stack.enter_context(training.loader)
+        if config.resume:
+            resume(training)
+        finished = train(training)
+        if finished and accelerator.is_main_process:
+            save_bundle(training)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0 if finished else 130
+
+
+def refuse_to_mix(config: PretrainConfig) -> None:
+    """A folder holds one run; going on with it needs the same configuration.
+
+    Raises:
+        ConfigError: the folder holds a run and going on was not asked for, or it is another run.
+    """
+    earlier = config.out / "config.yaml"
+    if not checkpoints(config.out):
+        return
+    if not config.resume:
+        raise ConfigError(
+            f"{config.out}: already holds a run; add --resume to go on with it, "
+            "or choose another out"
+        )
+    before, now = read_yaml(earlier), config.model_dump(mode="json")
+    changed = [
+        f"{key}: {before.get(key)!r} -> {value!r}"
+        for key, value in now.items()
+        if key not in _MAY_CHANGE and before.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(f"{config.out}: the run was started otherwise: {'; '.join(changed)}")
+
+
+_MAY_CHANGE = {"resume", "workers", "log_every", "save_every", "keep", "validation"}
+
+
+def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
+    """Make every part of a run from its configuration."""
+    manifest = Manifest.open(config.data)
+    captions = CaptionWriter(config.captions, seed=config.seed)
+    if config.tokenizer.name is not None:
+        tokenizer = Tokenizer.load(
+            config.tokenizer.name, context_length=config.model.context_length
+        )
+    else:
+        tokenizer = train_tokenizer(
+            manifest,
+            captions,
+            vocabulary_size=config.tokenizer.vocabulary_size,
+            context_length=config.model.context_length,
+        )
+    torch.manual_seed(config.seed)
+    loss = InfoNCE(
+        temperature=config.loss.temperature,
+        min_temperature=config.loss.min_temperature,
+        label_smoothing=config.loss.label_smoothing,
+    )
+    objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
+    objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, weight_decay=config.optimizer.weight_decay),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        fused=True,
+    )
+    average = None
+    if config.optimizer.average:
+        averaging = get_ema_multi_avg_fn(config.optimizer.average)
+        average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
+    if accelerator.is_main_process:
+        run_folder.record(
+            config.out,
+            config,
+            data={"samples": len(manifest), "fingerprint": manifest.fingerprint},
+            parameters=sum(parameter.numel() for parameter in objective.parameters()),
+            processes=accelerator.num_processes,
+            device=str(accelerator.device),
+            threads=torch.get_num_threads(),
+        )
+    return Training(
+        config=config,
+        accelerator=accelerator,
+        loader=make_loader(config, manifest, accelerator),
+        captions=captions,
+        objective=objective,
+        wrapped=accelerator.prepare_model(objective),
+        optimizer=optimizer,
+        average=average,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """The dual encoder that a configuration describes."""
+    return DualEncoder(
+        DualEncoderConfig(
+            image=Tower(config.image.name, dict(config.image.options)),
+            text=Tower(config.text.name, dict(config.text.options)),
+            dim=config.dim,
+            image_size=config.image_size,
+            context_length=config.context_length,
+        ),
+        tokenizer,
+    )
+
+
+def make_loader(
+    config: PretrainConfig, manifest: Manifest, accelerator: Accelerator
+) -> ShardLoader:
+    """The training stream: this process's share of every global batch."""
+    size = config.model.image_size
+    augment = None
+    if config.augment.enabled:
+        augment = Augment(size, seed=config.seed, **config.augment.options)
+    return ShardLoader(
+        manifest,
+        batch_size=config.batch_size,
+        image_size=size,
+        decode_size=config.augment.decode_size or size,
+        seed=config.seed,
+        lanes=config.lanes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=config.workers,
+        augment=augment,
+    )
+
+
+def train(training: Training) -> bool:
+    """Next batch, step, log, save, evaluate, stop; returns whether the end was reached."""
+    config, accelerator = training.config, training.accelerator
+    writes = accelerator.is_main_process
+    log = TrainingLog(
+        config.out / "metrics.jsonl" if writes else None,
+        steps=training.steps,
+        done=training.step,
+        batch_size=config.batch_size,
+        every=config.log_every,
+    )
+    bad_in_a_row = 0
+    with StopOnSignal() as stop, log:
+        batches = iter(training.loader)
+        while training.step < training.steps:
+            started = time.perf_counter()
+            batch = next(batches)
+            measured = {"data_ms": 1000 * (time.perf_counter() - started)}
+            measured |= step(training, batch)
+            if line := log.step(training.step, measured):
+                log.write({**line, "bad_samples": training.loader.report()["bad"]})
+
+            bad_in_a_row = 0 if measured["finite"] else bad_in_a_row + 1
+            if bad_in_a_row == BAD_STEPS_IN_A_ROW:
+                raise ValueError(
+                    f"{config.out}: no finite gradient in {bad_in_a_row} steps up to step "
+                    f"{training.step}; the last checkpoint is whole: resume from it with a lower "
+                    "optimizer.learning_rate"
+                )
+            last = training.step == training.steps
+            asked = _any_rank(accelerator, stop.asked)
+            if training.due(config.save_every) or asked or last:
+                save_checkpoint(training)
+                log.paused()
+            if config.validation.data is not None and (
+                training.due(config.validation.every) or last
+            ):
+                log.write({"step": training.step, **validate(training)})
+                log.paused()
+            if asked and not last:
+                log.say(
+                    f"stopped at step {training.step} of {training.steps} with a checkpoint in "
+                    f"{config.out}; the same command with --resume goes on"
+                )
+                return False
+    return True
+
+
+def _any_rank(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any process was asked to stop: they stop together or not at all."""
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor([asked], dtype=torch.float32, device=accelerator.device)
+    return bool(accelerator.reduce(flag).sum() > 0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def step(training: Training, batch: Batch) -> dict[str, float]:
+    """One step of the optimiser; one without a finite gradient is skipped and counted."""
+    config, device = training.config, training.accelerator.device
+    # Dropout is a function of the step and the rank, so a resumed run draws what it would have.
+    torch.manual_seed(
+        (config.seed * 1_000_003 + training.step) * 4099 + training.accelerator.process_index
+    )
+    factor = cosine_factor(
+        training.step,
+        warmup=round(config.optimizer.warmup * training.steps),
+        steps=training.steps,
+        floor=config.optimizer.floor,
+    )
+    set_learning_rate(training.optimizer, factor * config.optimizer.learning_rate)
+    texts = training.captions(
+        batch.captions, batch.fields, ids=batch.ids.numpy(), epochs=batch.epochs.numpy()
+    )
+    tokens = training.objective.model.tokenize(texts).to(device)
+    labels = positive_labels(batch, config.loss.positives).to(device)
+
+    started = time.perf_counter()
+    training.wrapped.train()
+    output = training.wrapped(batch.images.to(device), tokens.ids, tokens.mask, labels)
+    training.accelerator.backward(output.loss)
+    # Gradients are the same on every process by now, so all decide alike.
+    norm = torch.nn.utils.clip_grad_norm_(
+        training.objective.parameters(), config.optimizer.max_grad_norm
+    ).item()
+    derived = time.perf_counter()
+    finite = math.isfinite(norm)
+    if finite:
+        training.optimizer.step()
+        if training.average is not None:
+            training.average.update_parameters(training.objective)
+    else:
+        training.skipped += 1
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    return {
+        **_over_ranks(training.accelerator, output.metrics),
+        "learning_rate": factor * config.optimizer.learning_rate,
+        "gradient_norm": norm,
+        "finite": float(finite),
+        "forward_backward_ms": 1000 * (derived - started),
+        "optimizer_ms": 1000 * (time.perf_counter() - derived),
+    }
+
+
+def _over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over processes: the numbers of the global batch."""
+    values = torch.stack([value.float() for value in metrics.values()])
+    if accelerator.num_processes > 1:
+        values = accelerator.reduce(values, reduction="mean")
+    return dict(zip(metrics, values.tolist(), strict=True))  # pyright: ignore
+
+
+def save_checkpoint(training: Training) -> None:
+    """Write a whole checkpoint, then forget the oldest beyond what is to be kept."""
+    config = training.config
+    if training.accelerator.is_main_process:
+        save_state(
+            config.out / "checkpoints" / f"step_{training.step:09d}",
+            module=training.objective,
+            optimizer=training.optimizer,
+            average=training.average,
+            progress={
+                "step": training.step,
+                "skipped": training.skipped,
+                "loader": {"consumed": training.step * config.batch_size},
+                "data": training.fingerprint,
+            },
+        )
+        for old in checkpoints(config.out)[: -config.keep]:
+            shutil.rmtree(old)
+        run_folder.write_json(config.out / "data_report.json", training.loader.report())
+    training.accelerator.wait_for_everyone()
+
+
+def resume(training: Training) -> None:
+    """Go on from the newest whole checkpoint, where there is one."""
+    config = training.config
+    found = checkpoints(config.out)
+    if not found:
+        return
+    progress = load_state(
+        found[-1],
+        module=training.objective,
+        optimizer=training.optimizer,
+        average=training.average,
+    )
+    if progress["data"] != training.fingerprint:
+        raise ConfigError(
+            f"{config.data}: not the data this run was started with (fingerprint "
+            f"{training.fingerprint[:12]}, before {progress['data'][:12]})"
+        )
+    training.step, training.skipped = progress["step"], progress["skipped"]
+    training.loader.load_state_dict(progress["loader"])
+    if training.accelerator.is_main_process:
+        run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
+
+
+def validate(training: Training) -> dict[str, float]:
+    """Recall at 1 both ways on the validation set, by the main process while the others wait."""
+    config, figures = training.config, {}
+    if training.accelerator.is_main_process:
+        assert config.validation.data is not None
+        embedded = embed_pairs(
+            training.chosen_model, config.validation.data, where=config.validation.where
+        )
+        report = retrieval_report(embedded, resamples=200)
+        figures = {
+            "samples": training.step * config.batch_size,
+            **{name: report[name].value for name in _VALIDATION_FIGURES},
+        }
+    training.accelerator.wait_for_everyone()
+    return figures
+
+
+_VALIDATION_FIGURES = (
+    *("image_to_text_recall@1", "image_to_text_recall@5"),
+    *("text_to_image_recall@1", "text_to_image_recall@5"),
+)
+
+
+def save_bundle(training: Training) -> None:
+    """The trained model as a folder that `align.load` opens."""
+    config = training.config
+    save(
+        training.chosen_model,
+        config.out / "bundle",
+        card=_CARD.format(
+            image=config.model.image.name,
+            text=config.model.text.name,
+            dim=config.model.dim,
+            samples=f"{training.step * config.batch_size:,}",
+            data=training.fingerprint,
+        ),
+        provenance={
+            "data": training.fingerprint,
+            "samples": training.step * config.batch_size,
+            "config": config.model_dump(mode="json"),
+        },
+    )
+
+
+_CARD = """---
+library_name: clip-align
+---
+# A dual encoder trained with Align
+
+{image} and {text} in a space of {dim} dimensions, trained on {samples} samples of the data set
+with fingerprint `{data}`.
+
+    import align
+    model = align.load(".")
+    model.encode_image([picture]), model.encode_text(["some words"])
+"""

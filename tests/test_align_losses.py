@@ -1,0 +1,162 @@
+"""InfoNCE against a slow transcription, OpenCLIP's own loss, and itself on two processes."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from align.losses import InfoNCE
+from ranks import run_ranks
+
+
+def slow_info_nce(image, text, labels, *, scale: float, smoothing: float) -> float:
+    """The formula of the docstring, one number at a time, in float64."""
+    n = len(image)
+    similarity = [[scale * float(np.dot(x, y)) for y in text] for x in image]
+    total = 0.0
+    for rows in (similarity, [list(column) for column in zip(*similarity, strict=True)]):
+        for i in range(n):
+            log_sum = math.log(sum(math.exp(s - max(rows[i])) for s in rows[i])) + max(rows[i])
+            right = [j for j in range(n) if labels[j] == labels[i]]
+            for j in range(n):
+                share = (1 - smoothing) * (j in right) / len(right) + smoothing / n
+                total += share * (log_sum - rows[i][j])
+    return total / (2 * n)
+
+
+def unit_rows(rows: int, dim: int, *, seed: int, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, dim, generator=generator, dtype=dtype), dim=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    kinds=st.integers(1, 9),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    temperature=st.floats(0.01, 1.0),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_slow_transcription(rows, kinds, smoothing, temperature, seed):
+    image, text = unit_rows(rows, 5, seed=seed), unit_rows(rows, 5, seed=seed + 100)
+    labels = torch.randint(kinds, (rows,), generator=torch.Generator().manual_seed(seed))
+    loss = InfoNCE(temperature=temperature, label_smoothing=smoothing)
+    expected = slow_info_nce(
+        image.double().numpy(),
+        text.double().numpy(),
+        labels.tolist(),
+        scale=1 / temperature,
+        smoothing=smoothing,
+    )
+    assert loss(image, text, labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_equals_openclip_where_each_row_has_one_positive():
+    import open_clip
+
+    image, text = unit_rows(16, 8, seed=0), unit_rows(16, 8, seed=1)
+    ours = InfoNCE(temperature=0.05)
+    theirs = open_clip.ClipLoss()(image, text, logit_scale=torch.tensor(20.0))
+    assert ours(image, text).item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_labels_that_all_differ_are_no_labels():
+    image, text = unit_rows(6, 4, seed=0), unit_rows(6, 4, seed=1)
+    loss = InfoNCE()
+    labels = torch.tensor([7, -3, 2**62, 0, 5, 1])
+    assert torch.equal(loss(image, text, labels), loss(image, text))
+
+
+def test_a_shared_caption_is_not_its_own_negative():
+    text = unit_rows(1, 4, seed=1).expand(3, 4)
+    loss = InfoNCE(temperature=0.01)
+    right = loss(text, text, torch.zeros(3, dtype=torch.long))
+    assert right.item() == pytest.approx(math.log(3), abs=1e-5)  # the target's own entropy
+
+
+def test_temperature_stays_within_its_bound():
+    loss = InfoNCE(temperature=0.05, min_temperature=0.02)
+    with torch.no_grad():
+        loss.logit_scale.fill_(100.0)
+    assert loss.scale().item() == pytest.approx(50.0)
+    image, text = unit_rows(4, 4, seed=0), unit_rows(4, 4, seed=1)
+    assert math.isfinite(loss(image, text).item())
+
+
+def test_half_precision_rows_are_computed_in_fp32():
+    image, text = unit_rows(64, 32, seed=0).bfloat16(), unit_rows(64, 32, seed=1).bfloat16()
+    loss = InfoNCE(temperature=0.01)
+    expected = loss(image.float(), text.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(image, text), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"temperature": 0.0}, "min_temperature"),
+        ({"temperature": 0.01, "min_temperature": 0.1}, "min_temperature"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+    ],
+)
+def test_senseless_options_are_refused(options, name):
+    with pytest.raises(ValueError, match=name):
+        InfoNCE(**options)
+
+
+class TwoTowers(nn.Module):
+    """The least model that has weights on both sides and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
+        self.loss = InfoNCE(temperature=0.1)
+        self.double()
+
+    def forward(self, images, texts, labels):
+        image = F.normalize(self.image(images), dim=-1)
+        text = F.normalize(self.text(texts), dim=-1)
+        return self.loss(image, text, labels)
+
+
+def whole_batch():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    texts = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    return images, texts, torch.tensor([0, 1, 2, 0, 3, 1, 4, 0])
+
+
+def gradients_of_rank(rank: int, world: int, folder: str) -> None:
+    images, texts, labels = whole_batch()
+    model = DistributedDataParallel(TwoTowers())
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    loss = model(images[mine], texts[mine], labels[mine])
+    loss.backward()
+    value = loss.detach().clone()
+    dist.all_reduce(value)
+    gradients = {name: p.grad for name, p in model.module.named_parameters()}
+    torch.save({"loss": value / world, **gradients}, Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_give_the_gradient_of_the_whole_batch(tmp_path, world):
+    alone = TwoTowers()
+    loss = alone(*whole_batch())
+    loss.backward()
+    run_ranks(gradients_of_rank, world, str(tmp_path))
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-12)
+        for name, parameter in alone.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-14)
