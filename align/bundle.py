@@ -7,6 +7,7 @@
       README.md           the model card
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,3 +117,19 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
             config, text=Tower(f"hf:{text.model_type}", {**fields, **pooler, "pretrained": False})
         )
     return config
+
+
+def fingerprint(path: Path | str) -> str:
+    """What names a bundle's weights, vocabulary and configuration: a SHA-256 over all three.
+
+    Raises:
+        ValueError: there is no bundle.
+    """
+    folder = Path(path) if Path(path).exists() else _from_hub(str(path))
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "tokenizer/tokenizer.json", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{path} is no bundle: it has no {name}")
+        with (folder / name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

@@ -25,7 +25,8 @@ from align.tokenizer import Tokenizer
 from pipelines import run_folder
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError, read_yaml
-from pipelines.evaluate import embed_pairs, retrieval_report
+from pipelines.embed import embed_pairs
+from pipelines.evaluate import retrieval_report
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
@@ -420,3 +421,9 @@ with fingerprint `{data}`.
     model = align.load(".")
     model.encode_image([picture]), model.encode_text(["some words"])
 """
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("pretrain")
