@@ -1,4 +1,4 @@
-"""The embedding table: vectors and their metadata on disk, in parts, each written whole.
+"""Writing an embedding table: vectors and metadata in parts, each on disk whole or not at all.
 
 The layout is the one clip-retrieval and embedding-reader read:
 
@@ -11,27 +11,28 @@ Their only join is the order of the rows. Here every row also has the stable id 
 ascend through the table, and `table.json` holds the rows and the SHA-256 of every file.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from pyarrow import parquet
 
 from eval.metrics import check_rows
-
-TABLE_VERSION = 1
-"""Version of `table.json`; a reader refuses any other."""
-
-MODALITIES = {"image": "img_emb", "text": "text_emb"}
-"""What can be embedded, and the folder it lies in."""
+from eval.table import (
+    MODALITIES,
+    EmbeddingTable,
+    Part,
+    TableCard,
+    unified_schema,
+    unit_rows,
+    verify_parts,
+    write_whole,
+)
 
 _COLUMNS = pa.schema(
     [("id", pa.int64()), ("key", pa.string()), ("caption", pa.string()), ("shard", pa.string())]
@@ -58,72 +59,6 @@ class EmbeddedRows:
     shards: Sequence[str]
     embeddings: Mapping[str, Float[ndarray, "rows dim"]]
     fields: Sequence[Mapping[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a table: its rows, the last sample id in it, and its files' SHA-256 by path."""
-
-    rows: int
-    last_id: int
-    files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class TableCard:
-    """The content of `table.json`.
-
-    Attributes:
-        modalities: What was embedded, in a fixed order.
-        dim: Length of a row.
-        dtype: `float16` or `float32`.
-        rows_per_part: Rows of every part but the last.
-        fingerprints: Which model and data the rows are from; a resumed run must have the same.
-        origin: Free JSON values for the reader, such as where model and data lie.
-        complete: Whether the last row was written.
-        parts: The parts in order.
-    """
-
-    modalities: tuple[str, ...]
-    dim: int
-    dtype: str
-    rows_per_part: int
-    fingerprints: dict[str, str]
-    origin: dict[str, Any] = field(default_factory=dict)
-    complete: bool = False
-    parts: tuple[Part, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows of all parts."""
-        return sum(part.rows for part in self.parts)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read `table.json`.
-
-        Raises:
-            FileNotFoundError: The folder holds no table.
-            ValueError: The file is damaged or of another version.
-        """
-        path = folder / "table.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: not an embedding table (no table.json in it)")
-        try:
-            value = json.loads(path.read_bytes())
-            version = value.pop("version")
-            if version != TABLE_VERSION:
-                raise ValueError(f"version {version}, but this release reads {TABLE_VERSION}")
-            value["modalities"] = tuple(value["modalities"])
-            value["parts"] = tuple(Part(**part) for part in value["parts"])
-            return cls(**value)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not readable ({error}); embed again") from error
-
-    def save(self, folder: Path) -> None:
-        """Write `table.json` whole."""
-        text = json.dumps({"version": TABLE_VERSION, **asdict(self)}, indent=1)
-        _write_whole(folder / "table.json", lambda file: file.write(text.encode()))
 
 
 class TableWriter:
@@ -201,7 +136,7 @@ class TableWriter:
             waiting -= size
             self._pending = [_slice(merged, size, size + waiting)] if waiting else []
 
-    def finish(self) -> "EmbeddingTable":
+    def finish(self) -> EmbeddingTable:
         """Write the last, shorter part, mark the table complete and open it.
 
         Raises:
@@ -229,10 +164,10 @@ class TableWriter:
                 raise ValueError(
                     f"{self.folder}: begun with {name} {there}, now {here}; embed into a new folder"
                 )
-        _verify(self.folder, found.parts, check="sha256")
+        verify_parts(self.folder, found.parts, check="sha256")
         for number in range(len(found.parts)):
             path = self.folder / f"metadata/metadata_{number}.parquet"
-            self._schema = _unified(self._schema, parquet.read_schema(path))
+            self._schema = unified_schema([self._schema, parquet.read_schema(path)])
         return found
 
     def _check(self, batch: EmbeddedRows) -> None:
@@ -267,95 +202,19 @@ class TableWriter:
             folder = MODALITIES[name]
             vectors = unit_rows(rows.embeddings[name]).astype(self.card.dtype)
             path = f"{folder}/{folder}_{number}.npy"
-            files[path] = _write_whole(
+            files[path] = write_whole(
                 self.folder / path, lambda file, vectors=vectors: np.save(file, vectors)
             )
         table = _metadata(rows)
-        self._schema = _unified(self._schema, table.schema)
+        self._schema = unified_schema([self._schema, table.schema])
         path = f"metadata/metadata_{number}.parquet"
-        files[path] = _write_whole(
-            self.folder / path, lambda file: parquet.write_table(table, file)
-        )
+        files[path] = write_whole(self.folder / path, lambda file: parquet.write_table(table, file))
         # The part exists from here on: files without an entry are overwritten by a resumed run.
         self._save(parts=(*self.card.parts, Part(len(rows.ids), int(rows.ids[-1]), files)))
 
     def _save(self, **changes: Any) -> None:
         self.card = TableCard(**{**vars(self.card), **changes})
         self.card.save(self.folder)
-
-
-class EmbeddingTable:
-    """A complete table on disk, checked on opening.
-
-    Args:
-        folder: Where it lies.
-        check: `sha256` reads every file once and compares; `sizes` only looks that rows and files
-            agree.
-
-    Raises:
-        FileNotFoundError: No table there, or one of its files is missing.
-        ValueError: The table is unfinished or a file was changed; the line names it.
-    """
-
-    def __init__(self, folder: Path | str, *, check: Literal["sha256", "sizes"] = "sha256") -> None:
-        self.folder = Path(folder)
-        self.card = TableCard.load(self.folder)
-        if not self.card.complete:
-            raise ValueError(
-                f"{self.folder}: unfinished, {self.card.rows} rows so far; run the same embedding "
-                "again to complete it"
-            )
-        _verify(self.folder, self.card.parts, check=check)
-
-    @property
-    def rows(self) -> int:
-        """How many samples there are."""
-        return self.card.rows
-
-    @property
-    def metadata_paths(self) -> list[Path]:
-        """The Parquet files, in row order."""
-        numbers = range(len(self.card.parts))
-        return [self.folder / f"metadata/metadata_{number}.parquet" for number in numbers]
-
-    def parts(self, modality: str) -> Iterator[Float32[ndarray, "rows dim"]]:
-        """Yield the unit-length rows part by part, each in memory only while it is used."""
-        for number in range(len(self.card.parts)):
-            yield unit_rows(self._open_part(modality, number))
-
-    def vectors(
-        self, modality: str, rows: Int64[ndarray, " rows"] | None = None
-    ) -> Float32[ndarray, "rows dim"]:
-        """Unit-length rows by row number, in the order asked for; all of them by default."""
-        if rows is None:
-            return np.concatenate(list(self.parts(modality)))
-        ends = np.cumsum([part.rows for part in self.card.parts])
-        part_of = np.searchsorted(ends, rows, side="right")
-        found = np.empty((len(rows), self.card.dim), dtype=np.float32)
-        for number in np.unique(part_of):
-            here = np.flatnonzero(part_of == number)
-            first = ends[number] - self.card.parts[number].rows
-            found[here] = self._open_part(modality, int(number))[rows[here] - first]
-        return unit_rows(found)
-
-    def metadata(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The metadata of all rows; a column that some parts lack is null there."""
-        tables = []
-        for path in self.metadata_paths:
-            names = set(parquet.read_schema(path).names)
-            wanted = None if columns is None else [name for name in columns if name in names]
-            tables.append(parquet.read_table(path, columns=wanted, partitioning=None))
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-    def _open_part(self, modality: str, number: int) -> Float[ndarray, "rows dim"]:
-        if modality not in self.card.modalities:
-            raise ValueError(
-                f"{self.folder}: holds no {modality} embeddings, only "
-                f"{' and '.join(self.card.modalities)}"
-            )
-        folder = MODALITIES[modality]
-        path = self.folder / f"{folder}/{folder}_{number}.npy"
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def write_table(
@@ -389,12 +248,6 @@ def write_table(
     return writer.finish()
 
 
-def unit_rows(rows: Float[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
-    """Rows scaled to unit length, in float32."""
-    exact = rows.astype(np.float32)
-    return exact / np.sqrt(np.sum(exact * exact, axis=1, keepdims=True))
-
-
 def _metadata(rows: EmbeddedRows) -> pa.Table:
     columns: dict[str, list[Any]] = {}
     for row, sample in enumerate(rows.fields or ()):
@@ -423,14 +276,6 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", inner
 
 
-def _unified(before: pa.Schema, new: pa.Schema) -> pa.Schema:
-    try:
-        return pa.unify_schemas([before, new], promote_options="permissive")
-    except pa.ArrowException as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"a field changes its type between parts of the table: {line}") from error
-
-
 def _merge(batches: Sequence[EmbeddedRows]) -> EmbeddedRows:
     names = batches[0].embeddings
     fields = [sample for batch in batches for sample in batch.fields or [{}] * len(batch.ids)]
@@ -455,40 +300,3 @@ def _slice(rows: EmbeddedRows, start: int, stop: int) -> EmbeddedRows:
         embeddings={name: vectors[start:stop] for name, vectors in rows.embeddings.items()},
         fields=None if rows.fields is None else rows.fields[start:stop],
     )
-
-
-def _verify(folder: Path, parts: Sequence[Part], *, check: Literal["sha256", "sizes"]) -> None:
-    for part in parts:
-        for name, expected in part.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: this part of the table is missing; embed again")
-            if check == "sha256" and file_sha256(path) != expected:
-                raise ValueError(f"{path}: changed since it was written; embed again")
-            if check == "sizes" and _rows_in(path) != part.rows:
-                raise ValueError(f"{path}: {_rows_in(path)} rows, table.json says {part.rows}")
-
-
-def _rows_in(path: Path) -> int:
-    if path.suffix == ".npy":
-        return len(np.load(path, mmap_mode="r", allow_pickle=False))
-    return parquet.read_metadata(path).num_rows
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> str:
-    """Write a file beside its place, flush it to disk, rename it; return its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = file_sha256(beside)
-    beside.replace(path)
-    return digest

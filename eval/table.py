@@ -1,0 +1,232 @@
+"""Reading an embedding table: what its card says, whether its files agree, and their rows."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Float32, Int64
+from numpy import ndarray
+from pyarrow import parquet
+
+TABLE_VERSION = 1
+"""Version of `table.json`; a reader refuses any other."""
+
+MODALITIES = {"image": "img_emb", "text": "text_emb"}
+"""What can be embedded, and the folder it lies in."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a table: its rows, the last sample id in it, and its files' SHA-256 by path."""
+
+    rows: int
+    last_id: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TableCard:
+    """The content of `table.json`.
+
+    Attributes:
+        modalities: What was embedded, in a fixed order.
+        dim: Length of a row.
+        dtype: `float16` or `float32`.
+        rows_per_part: Rows of every part but the last.
+        fingerprints: Which model and data the rows are from; a resumed run must have the same.
+        origin: Free JSON values for the reader, such as where model and data lie.
+        complete: Whether the last row was written.
+        parts: The parts in order.
+    """
+
+    modalities: tuple[str, ...]
+    dim: int
+    dtype: str
+    rows_per_part: int
+    fingerprints: dict[str, str]
+    origin: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(part.rows for part in self.parts)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `table.json`.
+
+        Raises:
+            FileNotFoundError: The folder holds no table.
+            ValueError: The file is damaged or of another version.
+        """
+        path = folder / "table.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: not an embedding table (no table.json in it)")
+        try:
+            value = json.loads(path.read_bytes())
+            version = value.pop("version")
+            if version != TABLE_VERSION:
+                raise ValueError(f"version {version}, but this release reads {TABLE_VERSION}")
+            value["modalities"] = tuple(value["modalities"])
+            value["parts"] = tuple(Part(**part) for part in value["parts"])
+            return cls(**value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: not readable ({error}); embed again") from error
+
+    def save(self, folder: Path) -> None:
+        """Write `table.json` whole."""
+        text = json.dumps({"version": TABLE_VERSION, **asdict(self)}, indent=1)
+        write_whole(folder / "table.json", lambda file: file.write(text.encode()))
+
+
+class EmbeddingTable:
+    """A complete table on disk, checked on opening.
+
+    Args:
+        folder: Where it lies.
+        check: `sha256` reads every file once and compares; `sizes` only looks that rows and files
+            agree.
+
+    Raises:
+        FileNotFoundError: No table there, or one of its files is missing.
+        ValueError: The table is unfinished or a file was changed; the line names it.
+    """
+
+    def __init__(self, folder: Path | str, *, check: Literal["sha256", "sizes"] = "sha256") -> None:
+        self.folder = Path(folder)
+        self.card = TableCard.load(self.folder)
+        if not self.card.complete:
+            raise ValueError(
+                f"{self.folder}: unfinished, {self.card.rows} rows so far; run the same embedding "
+                "again to complete it"
+            )
+        verify_parts(self.folder, self.card.parts, check=check)
+
+    @property
+    def rows(self) -> int:
+        """How many samples there are."""
+        return self.card.rows
+
+    @property
+    def metadata_paths(self) -> list[Path]:
+        """The Parquet files, in row order."""
+        numbers = range(len(self.card.parts))
+        return [self.folder / f"metadata/metadata_{number}.parquet" for number in numbers]
+
+    def parts(self, modality: str) -> Iterator[Float32[ndarray, "rows dim"]]:
+        """Yield the unit-length rows part by part, each in memory only while it is used."""
+        for number in range(len(self.card.parts)):
+            yield unit_rows(self._open_part(modality, number))
+
+    def vectors(
+        self, modality: str, rows: Int64[ndarray, " rows"] | None = None
+    ) -> Float32[ndarray, "rows dim"]:
+        """Unit-length rows by row number, in the order asked for; all of them by default."""
+        if rows is None:
+            return np.concatenate(list(self.parts(modality)))
+        ends = np.cumsum([part.rows for part in self.card.parts])
+        part_of = np.searchsorted(ends, rows, side="right")
+        found = np.empty((len(rows), self.card.dim), dtype=np.float32)
+        for number in np.unique(part_of):
+            here = np.flatnonzero(part_of == number)
+            first = ends[number] - self.card.parts[number].rows
+            found[here] = self._open_part(modality, int(number))[rows[here] - first]
+        return unit_rows(found)
+
+    def metadata_schema(self) -> pa.Schema:
+        """The columns of all parts together."""
+        schemas = [parquet.read_schema(path) for path in self.metadata_paths]
+        return unified_schema(schemas)
+
+    def metadata_parts(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """Yield the metadata part by part in this schema; a column that a part lacks is null."""
+        for path in self.metadata_paths:
+            part = parquet.ParquetFile(path).read()
+            columns = [
+                part[column.name].cast(column.type)
+                if column.name in part.column_names
+                else pa.nulls(len(part), column.type)
+                for column in schema
+            ]
+            yield pa.table(columns, schema=schema)
+
+    def metadata(self) -> pa.Table:
+        """The metadata of all rows."""
+        return pa.concat_tables(self.metadata_parts(self.metadata_schema()))
+
+    def _open_part(self, modality: str, number: int) -> Float[ndarray, "rows dim"]:
+        if modality not in self.card.modalities:
+            raise ValueError(
+                f"{self.folder}: holds no {modality} embeddings, only "
+                f"{' and '.join(self.card.modalities)}"
+            )
+        folder = MODALITIES[modality]
+        path = self.folder / f"{folder}/{folder}_{number}.npy"
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def unit_rows(rows: Float[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
+    """Rows scaled to unit length, in float32."""
+    exact = rows.astype(np.float32)
+    return exact / np.sqrt(np.sum(exact * exact, axis=1, keepdims=True))
+
+
+def unified_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema that holds the columns of all, each in the widest of its types.
+
+    Raises:
+        ValueError: A column has types that no common one holds, such as text and numbers.
+    """
+    try:
+        # Metadata on the schema (of pandas, say) is no part of the columns.
+        plain = [schema.remove_metadata() for schema in schemas]
+        return pa.unify_schemas(plain, promote_options="permissive")
+    except pa.ArrowException as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"a field changes its type between parts of the table: {line}") from error
+
+
+def verify_parts(folder: Path, parts: Sequence[Part], *, check: Literal["sha256", "sizes"]) -> None:
+    """Compare a table's files with its card, as :class:`EmbeddingTable` describes."""
+    for part in parts:
+        for name, expected in part.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: this part of the table is missing; embed again")
+            if check == "sha256" and file_sha256(path) != expected:
+                raise ValueError(f"{path}: changed since it was written; embed again")
+            if check == "sizes" and _rows_in(path) != part.rows:
+                raise ValueError(f"{path}: {_rows_in(path)} rows, table.json says {part.rows}")
+
+
+def _rows_in(path: Path) -> int:
+    if path.suffix == ".npy":
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+    return parquet.read_metadata(path).num_rows
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> str:
+    """Write a file beside its place, flush it to disk, rename it; return its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".writing")
+    with beside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = file_sha256(beside)
+    beside.replace(path)
+    return digest
