@@ -36,13 +36,15 @@ class Limits:
         image_bytes: Size of the encoded picture.
         pixels: Width times height, as the header states it, before decoding.
         aspect: Longer side over shorter side.
-        text_bytes: Size of the caption, and of the JSON member.
+        caption_bytes: Size of the text member.
+        json_bytes: Size of the JSON member.
     """
 
     image_bytes: int = 64 << 20
     pixels: int = 64_000_000
     aspect: float = 50.0
-    text_bytes: int = 1 << 16
+    caption_bytes: int = 1 << 16
+    json_bytes: int = 1 << 20
 
 
 def sniff_extension(data: bytes) -> str | None:
@@ -132,7 +134,8 @@ def decode_caption(data: bytes, *, limits: Limits | None = None) -> str:
     Raises:
         BadSample: If it is too long, not UTF-8, or empty.
     """
-    text = unicodedata.normalize("NFC", _text(data, limits)).strip()
+    limits = limits or Limits()
+    text = unicodedata.normalize("NFC", _text(data, limits.caption_bytes)).strip()
     if not text:
         raise BadSample(Reason.EMPTY_CAPTION, f"{len(data)} bytes")
     return text
@@ -148,7 +151,8 @@ def decode_fields(data: bytes, *, limits: Limits | None = None) -> dict[str, Any
     Raises:
         BadSample: If it is too long, not UTF-8, not JSON, or not an object.
     """
-    text = _text(data, limits)
+    limits = limits or Limits()
+    text = _text(data, limits.json_bytes)
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,10 +162,9 @@ def decode_fields(data: bytes, *, limits: Limits | None = None) -> dict[str, Any
     return fields
 
 
-def _text(data: bytes, limits: Limits | None) -> str:
-    limits = limits or Limits()
-    if len(data) > limits.text_bytes:
-        raise BadSample(Reason.TOO_MANY_BYTES, f"{len(data)} bytes of text")
+def _text(data: bytes, most: int) -> str:
+    if len(data) > most:
+        raise BadSample(Reason.TOO_MANY_BYTES, f"{len(data)} bytes of text; at most {most}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -167,7 +167,10 @@ class ShardLoader:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of {world_size} ranks")
         if lanes % world_size:
-            raise ValueError(f"lanes={lanes} is not a multiple of {world_size} ranks")
+            raise ValueError(
+                f"lanes={lanes} is not a multiple of {world_size} ranks; choose one that is, such "
+                f"as {-(-lanes // world_size) * world_size}, and keep it for the whole run"
+            )
         if workers < 0:
             raise ValueError(f"workers={workers} must not be negative")
         self.manifest = data if isinstance(data, Manifest) else Manifest.open(data)

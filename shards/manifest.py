@@ -100,10 +100,15 @@ class Manifest:
             )
         return digest.hexdigest()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the hashes of whole shards are known, so that a change on disk is damage."""
+        return all(shard.sha256 for shard in self.shards)
+
     @cached_property
-    def keys(self) -> pa.ChunkedArray:
+    def keys(self) -> pa.LargeStringArray:
         """The key of each sample; `manifest.keys[i].as_py()` is one of them."""
-        return self.samples["key"]
+        return pa.concat_arrays(self.samples["key"].cast(pa.large_string()).iterchunks())
 
     @cached_property
     def shard_numbers(self) -> np.ndarray:
@@ -154,7 +159,7 @@ class Manifest:
         for place in (folder, cache_folder(folder)):
             if (place / MANIFEST_FILE).is_file():
                 manifest = cls.load(folder, place=place)
-                if manifest._is_packed or manifest._is_current:
+                if manifest.is_packed or manifest._is_current:
                     return manifest
         return cls.scan(folder)
 
@@ -177,6 +182,8 @@ class Manifest:
         try:
             content = json.loads(path.read_bytes())
             version = content["version"]
+            if version != _VERSION:
+                raise ValueError(f"version {version}; this program reads version {_VERSION}")
             shards = [Shard(**shard) for shard in content["shards"]]
             problems = [
                 Problem(**{**problem, "reason": Reason(problem["reason"])})
@@ -186,10 +193,10 @@ class Manifest:
             whole = hashlib.sha256(table.read_bytes()).hexdigest() == content["samples_sha256"]
             samples = pq.read_table(table) if whole else pa.table({})
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to scan the shards") from None
-        if version != _VERSION:
-            raise ValueError(f"{path} is of version {version}; this program reads {_VERSION}")
-        if not whole or len(samples) != content["total"]:
+            raise ValueError(
+                f"{path} is unreadable ({error}); remove it to scan the shards"
+            ) from None
+        if not whole or not _fits(samples, shards):
             raise ValueError(f"{table} does not belong to {path}; remove both to scan the shards")
         return cls(folder, shards, samples, problems)
 
@@ -269,15 +276,18 @@ class Manifest:
             stream.write(json.dumps(content, indent=1).encode())
 
     @property
-    def _is_packed(self) -> bool:
-        """Whether the hashes of whole shards are known, so that a change on disk is damage."""
-        return all(shard.sha256 for shard in self.shards)
-
-    @property
     def _is_current(self) -> bool:
         """Whether the tar files are still those of the scan, as far as names and sizes tell."""
         known = [(shard.name, shard.bytes) for shard in self.shards]
         return known == [(path.name, path.stat().st_size) for path in _tar_files(self.folder)]
+
+
+def _fits(samples: pa.Table, shards: Sequence[Shard]) -> bool:
+    """Whether the rows are those of the shards, in order, and the shards lie in the folder."""
+    if any(Path(shard.name).name != shard.name for shard in shards):
+        return False
+    numbers = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    return np.array_equal(samples["shard"].to_numpy(), numbers)
 
 
 def cache_folder(folder: Path) -> Path:

@@ -31,7 +31,7 @@ _ROUNDS = 6
 _SHARDS, _BLOCK, _SUBSTITUTE = 1, 2, 3
 
 
-def hash64(*words: Int64[ndarray, "*n"] | UInt64[ndarray, "*n"] | int) -> UInt64[ndarray, "*m"]:
+def hash64(*words: Int64[ndarray, "..."] | UInt64[ndarray, "..."] | int) -> UInt64[ndarray, "..."]:
     """Hashes counters to 64 random bits each, element by element with broadcasting.
 
     The words are absorbed one after the other, each followed by the finaliser of splitmix64
@@ -82,7 +82,7 @@ class Order:
         window: Samples among which a lane shuffles; larger mixes better and reads less in sequence.
 
     Raises:
-        ValueError: If there is no sample, or `lanes` or `window` is not positive.
+        ValueError: If there is no sample, or an option is out of its range.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Order:
     ) -> None:
         if lanes < 1 or window < 1:
             raise ValueError(f"lanes={lanes} and window={window} must both be at least 1")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed} must lie in 0 ... 2**63 - 1")
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self.total = int(self._sizes.sum())
