@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -45,24 +44,24 @@ class Section:
         self._blocks = [element("h2", title)]
         self.text(lead)
 
-    def text(self, paragraph: str) -> Self:
+    def text(self, paragraph: str) -> "Section":
         """A paragraph of plain text; empty adds nothing."""
         if paragraph:
             self._blocks.append(element("p", paragraph, class_="prose"))
         return self
 
-    def subtitle(self, title: str, lead: str = "") -> Self:
+    def subtitle(self, title: str, lead: str = "") -> "Section":
         """A smaller heading inside the section."""
         self._blocks.append(element("h3", title))
         return self.text(lead)
 
-    def charts(self, charts: Sequence[Chart]) -> Self:
+    def charts(self, charts: Sequence[Chart]) -> "Section":
         """Line charts side by side (see `eval.report_charts.Chart`)."""
         if not charts:
             raise ValueError(f"section {self.title!r}: no charts; pass at least one")
         return self._add(element("div", *[line_chart(chart) for chart in charts], class_="charts"))
 
-    def figures(self, report: Report, *, labels: Mapping[str, str] | None = None) -> Self:
+    def figures(self, report: Report, *, labels: Mapping[str, str] | None = None) -> "Section":
         """One report: a row per figure with its interval, how far above chance, how many items.
 
         `labels` maps figure names to words for readers.
@@ -75,15 +74,15 @@ class Section:
         *,
         figures: Sequence[str] | None = None,
         labels: Mapping[str, str] | None = None,
-    ) -> Self:
+    ) -> "Section":
         """Methods side by side: a row per method, a column per figure (default: the first's)."""
         return self._add(method_table(reports, figures, labels or {}))
 
-    def gallery(self, queries: Sequence[Query]) -> Self:
+    def gallery(self, queries: Sequence[Query]) -> "Section":
         """Queries (words, a picture, or both) with their hits, right and wrong ones marked."""
         return self._add(gallery(queries, self._pictures))
 
-    def confusions(self, pairs: Sequence[Confusion]) -> Self:
+    def confusions(self, pairs: Sequence[Confusion]) -> "Section":
         """The pairs most often taken for one another."""
         return self._add(confusions(pairs, self._pictures))
 
@@ -92,11 +91,11 @@ class Section:
         coordinates: Float[np.ndarray, "points 2"],
         pictures: Sequence[Picture],
         captions: Sequence[str],
-    ) -> Self:
+    ) -> "Section":
         """Pictures at their places in the embedding space (see `eval.projection.project_2d`)."""
         return self._add(space_map(coordinates, pictures, captions))
 
-    def facts(self, groups: Mapping[str, Mapping[str, object]]) -> Self:
+    def facts(self, groups: Mapping[str, Mapping[str, object]]) -> "Section":
         """Settings, versions, fingerprints and times, as named groups of name and value."""
         if not groups or not all(groups.values()):
             raise ValueError(f"section {self.title!r}: facts without entries")
@@ -106,7 +105,7 @@ class Section:
             )
         )
 
-    def _add(self, block: Element) -> Self:
+    def _add(self, block: Element) -> "Section":
         self._blocks.append(block)
         return self
 

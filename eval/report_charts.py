@@ -275,7 +275,9 @@ def _y_scale(lines: Sequence[_Line], *, log: bool) -> Scale:
         low = 0.0
     if high == low:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
-    return Scale(ticks(low, high)[0], high)
+    covering = ticks(low, high)
+    near = covering[-1] - high < 0.12 * (high - low)
+    return Scale(covering[0], covering[-1] if near else high)
 
 
 def _log_ticks(scale: Scale) -> list[float]:
@@ -342,15 +344,19 @@ def _curve(axes: _Axes, line: _Line, number: int) -> list[Element]:
         edge += reversed(list(zip(along, line.low[known].tolist(), strict=True)))
         points = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in edge)
         parts.append(element("polygon", points=points, class_=f"band s{number + 1}"))
-    whole = np.isfinite(line.y)
-    strokes = []
-    for row in np.flatnonzero(whole):
-        move = "L" if row > 0 and whole[row - 1] else "M"
-        strokes.append(f"{move}{axes.x(line.x[row]):.1f} {axes.y(line.y[row]):.1f}")
+    strokes, move = [], "M"
+    x = y = 0.0
+    for x_value, y_value in zip(line.x.tolist(), line.y.tolist(), strict=True):
+        if not math.isfinite(y_value):
+            move = "M"
+            continue
+        x, y = axes.x(x_value), axes.y(y_value)
+        strokes.append(f"{move}{x:.1f} {y:.1f}")
+        move = "L"
     parts.append(element("path", d="".join(strokes), class_=f"line s{number + 1}"))
-    last = np.flatnonzero(whole)[-1]
-    x, y = round(axes.x(line.x[last]), 1), round(axes.y(line.y[last]), 1)
-    parts.append(element("circle", cx=x, cy=y, r=2.6, class_=f"dot s{number + 1}"))
+    parts.append(
+        element("circle", cx=round(x, 1), cy=round(y, 1), r=2.6, class_=f"dot s{number + 1}")
+    )
     return parts
 
 

@@ -152,6 +152,11 @@ def space_map(
         "figure",
         element("div", finder, element("output"), class_="finder"),
         element("div", element("canvas", role="img", aria_label=words), card, class_="stage"),
+        element(
+            "figcaption",
+            "Pictures that would hide one another are moved a little apart.",
+            class_="legend",
+        ),
         element("img", src=sheet, alt="", hidden="hidden"),
         data_island(data),
         element(

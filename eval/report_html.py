@@ -45,7 +45,7 @@ def element(
     node = Element(tag)
     for name, value in attributes.items():
         if value is not None:
-            shown = value if isinstance(value, str) else f"{value:g}"
+            shown = value if isinstance(value, str) else f"{value:.10g}"
             node.set(name.rstrip("_").replace("_", "-"), _UNPRINTABLE.sub("�", shown))
     last: Element | None = None
     for child in children:

@@ -111,7 +111,9 @@ def method_table(
         first = column[0]
         heads.append(
             _head(
-                labels.get(name, name), note=None if first.higher_is_better else "lower is better"
+                labels.get(name, name),
+                _turned(first),
+                falls=None if first.higher_is_better else "",
             )
         )
         scale = _scale(column)
@@ -161,9 +163,11 @@ def _table(heads: Sequence[Element], rows: Sequence[Element], *, chance: bool) -
     )
 
 
-def _head(text: str, note: Element | None = None, *, class_: str | None = None) -> Element:
+def _head(
+    text: str, note: Element | None = None, *, class_: str | None = None, falls: str | None = None
+) -> Element:
     button = element("button", caption(text), type="button")
-    return element("th", button, note, scope="col", class_=class_)
+    return element("th", button, note, scope="col", class_=class_, data_lower_is_better=falls)
 
 
 def _turned(figure: Figure) -> Element | None:
