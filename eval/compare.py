@@ -41,12 +41,9 @@ def compare(a: Report, b: Report, *, resamples: int = 2000, seed: int = 0) -> Re
         )
         figure = a[name]
         figures.append(
-            Figure(
+            Figure.of(
                 name,
-                interval.value,
-                interval.low,
-                interval.high,
-                interval.count,
+                interval,
                 unit="points" if figure.unit == "fraction" else figure.unit,
                 higher_is_better=figure.higher_is_better,
             )

@@ -9,6 +9,8 @@ from typing import Any, Self
 from jaxtyping import Float, Int64
 from numpy import ndarray
 
+from eval.intervals import Interval
+
 SCHEMA_VERSION = 1
 """Version of the JSON form of a report; a reader refuses any other."""
 
@@ -37,6 +39,28 @@ class Figure:
     chance: float | None = None
     unit: str = "fraction"
     higher_is_better: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        interval: Interval,
+        *,
+        chance: float | None = None,
+        unit: str = "fraction",
+        higher_is_better: bool = True,
+    ) -> Self:
+        """A figure from an estimate and its 95 % interval."""
+        return cls(
+            name=name,
+            value=interval.value,
+            low=interval.low,
+            high=interval.high,
+            count=interval.count,
+            chance=chance,
+            unit=unit,
+            higher_is_better=higher_is_better,
+        )
 
     def format(self, number: float) -> str:
         """Write a number in this figure's unit: percent for fractions, else one decimal."""

@@ -8,7 +8,7 @@ model (:mod:`eval.metrics`).
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def zero_shot(
         title=title,
         figures=tuple(_fraction(name, some, chance[name]) for name, some in outcomes.items()),
         protocol={
-            "items": _items([labels]),
+            "items": _items([labels.tolist()]),
             "images": len(images),
             "classes": len(classes),
             "classes_without_images": len(classes) - len(per_class.labels),
@@ -167,23 +167,19 @@ def retrieval(
             name = f"{direction}_recall@{k}"
             outcomes[name] = Outcomes(hits_at_k(ranks, k), labels)
             figures.append(_fraction(name, outcomes[name], chance_at_k(right, among, k)))
-        figures.append(
-            _median_rank(
-                f"{direction}_median_rank", ranks, labels, chance_median_rank(right, among)
-            )
-        )
-        drawn = np.random.default_rng(seed).choice(
-            len(queries), size=min(gallery, len(queries)), replace=False
-        )
-        galleries[direction] = _gallery(
-            queries[drawn], candidates, drawn, ranks, labels, candidate_labels
-        )
+        median = bootstrap_median(ranks + 1.0, groups=labels)
+        chance = chance_median_rank(right, among)
+        name = f"{direction}_median_rank"
+        figures.append(Figure.of(name, median, chance=chance, unit="rank", higher_is_better=False))
+        drawn = _drawn(len(queries), gallery, seed=seed)
+        matches = labels[drawn, None] == candidate_labels
+        galleries[direction] = _gallery(queries[drawn], candidates, drawn, matches, ranks[drawn])
     return Report(
         task="retrieval",
         title=title,
         figures=tuple(figures),
         protocol={
-            "items": _items([image_labels], [text_labels]),
+            "items": _items([image_labels.tolist()], [text_labels.tolist()]),
             "images": len(images),
             "texts": len(texts),
             "labels": len(np.union1d(image_labels, text_labels)),
@@ -253,7 +249,11 @@ def composed_retrieval(
             for k in ks
         ),
         protocol={
-            "items": _items(targets, references, [] if groups is None else [groups]),
+            "items": _items(
+                [sorted(some) for some in targets],
+                [sorted(some) for some in references],
+                [] if groups is None else [groups.tolist()],
+            ),
             "queries": len(queries),
             "candidates": searcher.card.rows,
             "index": searcher.card.factory,
@@ -371,30 +371,14 @@ def _composed_counts(
 
 def _fraction(name: str, outcomes: Outcomes, chance: float) -> Figure:
     interval = bootstrap_mean(outcomes.values, groups=outcomes.groups)
-    return Figure(name, interval.value, interval.low, interval.high, interval.count, chance=chance)
-
-
-def _median_rank(
-    name: str, ranks: Int64[ndarray, " queries"], groups: Int64[ndarray, " queries"], chance: float
-) -> Figure:
-    interval = bootstrap_median(ranks + 1.0, groups=groups)
-    return Figure(
-        name,
-        interval.value,
-        interval.low,
-        interval.high,
-        interval.count,
-        chance=chance,
-        unit="rank",
-        higher_is_better=False,
-    )
+    return Figure.of(name, interval, chance=chance)
 
 
 def _drawn(total: int, count: int, *, seed: int) -> Int64[ndarray, " drawn"]:
     return np.random.default_rng(seed).choice(total, size=min(count, total), replace=False)
 
 
-def _items(*parts: Iterable[Iterable[int]]) -> str:
+def _items(*parts: Sequence[Sequence[int]]) -> str:
     """A short fingerprint of what is right for which item, in order."""
     text = json.dumps([[[int(value) for value in row] for row in part] for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
