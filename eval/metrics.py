@@ -262,10 +262,10 @@ def _right_blocks(
     queries = np.argsort(query_labels, kind="stable")
     candidates = np.argsort(candidate_labels, kind="stable")
     labels, starts = np.unique(query_labels[queries], return_index=True)
-    ends = np.append(starts[1:], len(queries))
-    first = np.searchsorted(candidate_labels[candidates], labels, side="left")
-    last = np.searchsorted(candidate_labels[candidates], labels, side="right")
-    for start, end, low, high in zip(starts, ends, first, last, strict=True):
+    ends = [*starts[1:].tolist(), len(queries)]
+    first = np.searchsorted(candidate_labels[candidates], labels, side="left").tolist()
+    last = np.searchsorted(candidate_labels[candidates], labels, side="right").tolist()
+    for start, end, low, high in zip(starts.tolist(), ends, first, last, strict=True):
         for some in _blocks(end - start, tile):
             for others in _blocks(high - low, tile):
                 yield queries[start:end][some], candidates[low:high][others]

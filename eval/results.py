@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float, Int64
 from numpy import ndarray
@@ -49,7 +49,7 @@ class Figure:
         chance: float | None = None,
         unit: str = "fraction",
         higher_is_better: bool = True,
-    ) -> Self:
+    ) -> "Figure":
         """A figure from an estimate and its 95 % interval."""
         return cls(
             name=name,
@@ -128,7 +128,7 @@ class Report:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> "Report":
         """Read back what :meth:`to_json` wrote.
 
         Raises:

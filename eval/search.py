@@ -16,6 +16,9 @@ from eval.index import exact_neighbours, open_index
 from eval.metrics import check_rows
 from eval.table import unit_rows
 
+SampleId = int | np.integer
+"""A stable sample id, as Python or NumPy count."""
+
 _BLOCK = 65_536
 """Vectors decoded at a time where a list has to be completed by exact search."""
 
@@ -72,7 +75,7 @@ class Searcher:
         vectors: Float[ndarray, "queries dim"],
         k: int,
         *,
-        exclude: Sequence[Collection[int]] | None = None,
+        exclude: Sequence[Collection[SampleId]] | None = None,
     ) -> Hits:
         """The `k` most similar rows of each query with their metadata; all where there are fewer.
 
@@ -93,7 +96,7 @@ class Searcher:
         vectors: Float[ndarray, "queries dim"],
         k: int,
         *,
-        exclude: Sequence[Collection[int]] | None = None,
+        exclude: Sequence[Collection[SampleId]] | None = None,
     ) -> Neighbours:
         """As :meth:`search`, without looking up the metadata.
 
@@ -138,7 +141,7 @@ class Searcher:
             raise ValueError(f"the index holds no sample with id {ids[np.argmin(rows)]}")
         return self._metadata.take(pa.array(rows)).to_pylist()
 
-    def row_numbers(self, ids: Collection[int]) -> Int64[ndarray, " held"]:
+    def row_numbers(self, ids: Collection[SampleId]) -> Int64[ndarray, " held"]:
         """Row numbers of those of the sample ids that the index holds, each once."""
         rows = self._places(np.unique(np.array(list(ids), dtype=np.int64)))
         return rows[rows >= 0]

@@ -26,7 +26,7 @@ from eval.metrics import (
     top_candidates,
 )
 from eval.results import Figure, Outcomes, Report
-from eval.search import Searcher
+from eval.search import SampleId, Searcher
 
 _TIES = "a wrong candidate that ties with the best right one is ranked before it"
 _SCORE_TIE = 1e-6
@@ -193,10 +193,10 @@ def retrieval(
 
 def composed_retrieval(
     queries: Float[ndarray, "queries dim"],
-    targets: Sequence[Collection[int]],
+    targets: Sequence[Collection[SampleId]],
     searcher: Searcher,
     *,
-    references: Sequence[Collection[int]] | None = None,
+    references: Sequence[Collection[SampleId]] | None = None,
     groups: Int64[ndarray, " queries"] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     gallery: int = 12,
@@ -234,7 +234,10 @@ def composed_retrieval(
     deepest = max(ks) + int(right.max())
     found = searcher.neighbours(queries, deepest, exclude=references)
     is_right = np.array(
-        [np.isin(ids, list(some)) for ids, some in zip(found.ids, targets, strict=True)]
+        [
+            np.isin(ids, [int(target) for target in some])
+            for ids, some in zip(found.ids, targets, strict=True)
+        ]
     )
     best = np.where(is_right, found.scores, -np.inf).max(axis=1)
     ahead = ~is_right & (found.ids >= 0) & (found.scores >= best[:, None] - _SCORE_TIE)
@@ -250,8 +253,8 @@ def composed_retrieval(
         ),
         protocol={
             "items": _items(
-                [sorted(some) for some in targets],
-                [sorted(some) for some in references],
+                [sorted(map(int, some)) for some in targets],
+                [sorted(map(int, some)) for some in references],
                 [] if groups is None else [groups.tolist()],
             ),
             "queries": len(queries),
@@ -338,8 +341,8 @@ def _gallery(
 
 
 def _composed_counts(
-    targets: Sequence[Collection[int]],
-    references: Sequence[Collection[int]],
+    targets: Sequence[Collection[SampleId]],
+    references: Sequence[Collection[SampleId]],
     searcher: Searcher,
     *,
     count: int,
@@ -364,7 +367,7 @@ def _composed_counts(
         if right[query] == 0:
             raise ValueError(
                 f"composed_retrieval: no target of query {query} is in the index "
-                f"(sample ids {sorted(some)[:5]})"
+                f"(sample ids {sorted(map(int, some))[:5]})"
             )
     return right, among
 
@@ -380,7 +383,7 @@ def _drawn(total: int, count: int, *, seed: int) -> Int64[ndarray, " drawn"]:
 
 def _items(*parts: Sequence[Sequence[int]]) -> str:
     """A short fingerprint of what is right for which item, in order."""
-    text = json.dumps([[[int(value) for value in row] for row in part] for part in parts])
+    text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
