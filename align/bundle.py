@@ -1,10 +1,10 @@
 """A trained dual encoder as a folder that anybody can load: weights, tokenizer, how to rebuild.
 
-    bundle/
-      config.json         towers, width, picture size, pixel statistics; where it came from
-      model.safetensors   the weights
-      tokenizer/          Hugging Face's format
-      README.md           the model card
+bundle/
+  config.json         towers, width, picture size, pixel statistics; where it came from
+  model.safetensors   the weights
+  tokenizer/          Hugging Face's format
+  README.md           the model card
 """
 
 import hashlib
@@ -110,9 +110,17 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
     if isinstance(model.text, HuggingFaceTextEncoder):
         text = model.text.transformer.config
         fields = text.to_diff_dict()
-        for key in ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path"):
+        for key in (
+            "model_type",
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "_name_or_path",
+        ):
             fields.pop(key, None)
-        pooler = {key: config.text.options[key] for key in ("pooler",) if key in config.text.options}
+        pooler = {
+            key: config.text.options[key] for key in ("pooler",) if key in config.text.options
+        }
         config = replace(
             config, text=Tower(f"hf:{text.model_type}", {**fields, **pooler, "pretrained": False})
         )

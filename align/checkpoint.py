@@ -101,7 +101,7 @@ def load_state(
     except (OSError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} is no checkpoint of this model: {first}") from error
-    names = {name: parameter for name, parameter in module.named_parameters()}
+    names = dict(module.named_parameters())
     for key, tensor in tensors.items():
         slot, name = key.split("/", 1)
         parameter = names[name]
@@ -116,9 +116,7 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return sorted(path.parent for path in found if not path.parent.name.endswith(_UNFINISHED))
 
 
-def _optimizer_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"{slot}/{names[parameter]}": torch.as_tensor(value).contiguous()

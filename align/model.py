@@ -53,7 +53,7 @@ class DualEncoderConfig:
 
 
 class DualEncoder(nn.Module):
-    """Two towers projected into one space: `normalise(W_image f(picture))`, `normalise(W_text g(text))`.
+    """Two towers and one space: `normalise(U f(picture))` and `normalise(V g(text))`.
 
     Radford et al. 2021 (arXiv 2103.00020, figure 3): linear projections without bias, unit length.
 

@@ -1,4 +1,4 @@
-"""Captions in training: how they are written, the vocabulary, and which rows are right for which."""
+"""Captions in training: how they are written, their vocabulary, which rows are positives."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b

@@ -75,20 +75,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(_dispatch(given))
-    except (ValueError, OSError) as error:
-        code, message = 2, _one_line(error)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    except Exception as error:  # noqa: BLE001 - the last line of defence says so in one line
-        code = 1
-        message = (
-            f"internal error: {type(error).__name__}: {_one_line(error)} (--traceback shows where)"
-        )
-    if show_traceback:
-        traceback.print_exc()
-    verb = given[0] if given else ""
-    print(f"align {verb}: {message}", file=sys.stderr)
-    sys.exit(code)
+    except (Exception, KeyboardInterrupt) as error:
+        if show_traceback:
+            traceback.print_exc()
+        code, message = _verdict(error)
+        print(f"align {given[0] if given else ''}: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line for an error."""
+    match error:
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case ValueError() | OSError():
+            return 2, _one_line(error)
+    name, line = type(error).__name__, _one_line(error)
+    return 1, f"internal error: {name}: {line} (--traceback shows where)"
 
 
 def main_of(verb: str) -> None:

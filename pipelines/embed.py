@@ -136,7 +136,7 @@ def run(config: EmbedConfig) -> int:
         origin={"model": config.model, "data": str(config.data)},
     )
     bad = tally.bad
-    print(f"{config.out}: {len(table)} rows" + (f", {bad} bad samples left out" if bad else ""))
+    print(f"{config.out}: {table.rows} rows" + (f", {bad} bad samples left out" if bad else ""))
     return 0
 
 

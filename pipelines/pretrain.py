@@ -20,7 +20,7 @@ from align.checkpoint import checkpoints, load_state, save_state
 from align.losses import InfoNCE
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
-from align.optim import cosine_factor, parameter_groups, set_learning_rate
+from align.optim import build_optimizer, cosine_factor, parameter_groups, set_learning_rate
 from align.tokenizer import Tokenizer
 from pipelines import run_folder
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
@@ -139,11 +139,11 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     )
     objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
     objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
-    optimizer = torch.optim.AdamW(
+    optimizer = build_optimizer(
+        config.optimizer.name,
         parameter_groups(objective, weight_decay=config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        fused=True,
+        learning_rate=config.optimizer.learning_rate,
+        **config.optimizer.options,
     )
     average = None
     if config.optimizer.average:
@@ -373,7 +373,7 @@ def validate(training: Training) -> dict[str, float]:
         embedded = embed_pairs(
             training.chosen_model, config.validation.data, where=config.validation.where
         )
-        report = retrieval_report(embedded, resamples=200)
+        report = retrieval_report(embedded)
         figures = {
             "samples": training.step * config.batch_size,
             **{name: report[name].value for name in _VALIDATION_FIGURES},
@@ -393,7 +393,7 @@ def save_bundle(training: Training) -> None:
     config = training.config
     save(
         training.chosen_model,
-        config.out / "bundle",
+        config.bundle or config.out / "bundle",
         card=_CARD.format(
             image=config.model.image.name,
             text=config.model.text.name,

@@ -14,7 +14,10 @@ from pipelines.config import Config
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Where = dict[str, str | int | float | bool | list[str | int | float | bool]]
-WHERE = "Keep samples whose field has this value, or one of these values: {field: value or [values]}."
+WHERE = (
+    "Keep samples whose field has this value, or one of these values: {field: value or [values]}."
+)
+BUILT_IN_SPLITS = ("train", "vendor", "unseen")
 IMAGE_LIBRARIES = ("timm",)
 TEXT_LIBRARIES = ("hf",)
 
@@ -120,15 +123,18 @@ class LossConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW, linear warm-up, half a cosine."""
+    """The optimiser, its linear warm-up and half a cosine."""
 
+    name: str = Field(default="adamw", description="adamw, or any optimiser of timm, such as muon.")
+    options: dict[str, Any] = Field(
+        default={"betas": [0.9, 0.98]}, description="Keyword arguments of the optimiser."
+    )
     learning_rate: PositiveFloat = Field(default=5e-4, description="At its peak.")
     floor: Share = Field(default=0.0, description="Where the cosine ends, as a share of the peak.")
     warmup: Share = Field(default=0.05, description="Share of the run that warms up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="On matrices and kernels; never on gains, biases, temperature."
     )
-    betas: tuple[Share, Share] = Field(default=(0.9, 0.98), description="AdamW's two averages.")
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Longer gradients are cut.")
     average: Share = Field(
         default=0.0,
@@ -165,6 +171,9 @@ class PretrainConfig(Config):
 
     data: Path = Field(description="Folder of training shards.")
     out: Path = Field(description="Run folder: config, metrics, checkpoints, bundle.")
+    bundle: Path | None = Field(
+        default=None, description="Where the trained model goes; null = bundle in out."
+    )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     captions: list[str] = Field(
@@ -201,9 +210,7 @@ class PretrainConfig(Config):
                 f"batch_size: {self.batch_size} must be a multiple of lanes ({self.lanes})"
             )
         if self.samples < self.batch_size:
-            raise ValueError(
-                f"samples: {self.samples} is less than one batch ({self.batch_size})"
-            )
+            raise ValueError(f"samples: {self.samples} is less than one batch ({self.batch_size})")
         return self
 
 
@@ -229,6 +236,7 @@ class IndexConfig(Config):
     table: Path = Field(description="Folder that `align embed` wrote.")
     out: Path = Field(description="Folder of the index.")
     factory: str = Field(default="Flat", description="FAISS factory string.")
+    knobs: str = Field(default="", description="FAISS search parameters, such as nprobe=16.")
     modality: Literal["image", "text"] = Field(default="image", description="What to index.")
     seed: int = Field(default=0, description="Of the training sample.")
 
@@ -275,8 +283,9 @@ class EvaluateConfig(Config):
 
     model: str = Field(description="A bundle: folder or hub id.")
     tasks: dict[str, TaskConfig] = Field(description="Evaluations by title.", min_length=1)
-    out: Path | None = Field(default=None, description="Folder for results.json; null = print only.")
-    resamples: PositiveInt = Field(default=2000, description="Bootstrap resamples.")
+    out: Path | None = Field(
+        default=None, description="Folder for results.json; null = print only."
+    )
     batch_size: PositiveInt = Field(default=256, description="Pictures at a time.")
 
 
@@ -307,6 +316,7 @@ class FuseConfig(Config):
         "kind, base (what relatives share)."
     )
     test_data: Path = Field(description="Shards of the pictures to search.")
+    index: Path = Field(description="Index of test_data's pictures by the same model.")
     test_pairs: Path = Field(description="Test queries; no base of theirs may be in pairs.")
     within: str | None = Field(
         default=None, description="Field in which a training query and its candidates agree."
@@ -322,7 +332,6 @@ class FuseConfig(Config):
     learning_rate: PositiveFloat = Field(default=1e-3, description="At its peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="On matrices.")
     temperature: PositiveFloat = Field(default=0.05, description="Of the contrastive loss.")
-    resamples: PositiveInt = Field(default=2000, description="Bootstrap resamples.")
     seed: int = Field(default=0, description="Of weights and batches.")
 
 
@@ -347,7 +356,11 @@ class DemoConfig(Config):
             return values
         out = Path(str(values.get("out", cls.model_fields["out"].default)))
         places: dict[str, dict[str, Any]] = {
-            "pretrain": {"data": out / "shards" / "train", "out": out / "pretrain"},
+            "pretrain": {
+                "data": out / "shards" / "train",
+                "out": out / "pretrain",
+                "bundle": out / "bundle",
+            },
             "evaluate": {"model": str(out / "bundle"), "out": out / "evaluate"},
             "index": {"table": out / "table", "out": out / "index"},
             "fuse": {
@@ -355,6 +368,7 @@ class DemoConfig(Config):
                 "data": out / "shards" / "train",
                 "pairs": out / "pairs" / "train.parquet",
                 "test_data": out / "shards" / "vendor",
+                "index": out / "index",
                 "test_pairs": out / "pairs" / "test.parquet",
                 "out": out / "fuse",
             },
@@ -363,4 +377,16 @@ class DemoConfig(Config):
         for section, paths in places.items():
             given = filled.get(section) or {}
             filled[section] = {**paths, **given} if isinstance(given, dict) else given
-        return filled
+        return _fill_in_splits(filled, out / "shards")
+
+
+def _fill_in_splits(values: Any, shards: Path) -> Any:
+    """`data: vendor` anywhere means that split of the built-in data, packed under `out`."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: shards / value
+        if key == "data" and isinstance(value, str) and value in BUILT_IN_SPLITS
+        else _fill_in_splits(value, shards)
+        for key, value in values.items()
+    }

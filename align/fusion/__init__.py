@@ -26,6 +26,7 @@ def fusion_head(name: str) -> "type[FusionHead]":
     try:
         return resolve_name(FUSION_HEADS[name] if ":" not in name else name)
     except (KeyError, ImportError, AttributeError) as error:
+        known = ", ".join(FUSION_HEADS)
         raise ValueError(
-            f"unknown fusion head {name!r}; known: {', '.join(FUSION_HEADS)}, or package.module:Name"
+            f"unknown fusion head {name!r}; known: {known}, or package.module:Name"
         ) from error

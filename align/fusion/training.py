@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.fusion.head import FusionHead, Modality
-from align.optim import cosine_factor, parameter_groups, set_learning_rate
+from align.optim import build_optimizer, cosine_factor, parameter_groups, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def composed_loss(
     allowed: Bool[Tensor, "batch rows"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    r"""$-\log \frac{e^{q \cdot c_t / \tau}}{\sum_{j \in A} e^{q \cdot c_j / \tau}}$, mean of the rows.
+    r"""$-\log (e^{q \cdot c_t / \tau} / \sum_{j \in A} e^{q \cdot c_j / \tau})$, mean over queries.
 
     Every allowed picture is a candidate, not only those of the batch: with frozen towers they cost
     one matrix product.
@@ -103,7 +103,8 @@ def train_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(parameter_groups(head, weight_decay=weight_decay))
+        groups_ = parameter_groups(head, weight_decay=weight_decay)
+        optimizer = build_optimizer("adamw", groups_, learning_rate=learning_rate)
         head.train()
         losses: list[float] = []
         order = torch.empty(0, dtype=torch.long)

@@ -1,0 +1,112 @@
+"""`align evaluate`: zero-shot classification and retrieval, every figure with its interval."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from align.bundle import fingerprint, load
+from align.model import DualEncoder
+from eval.prompts import class_prototypes
+from eval.results import Report, format_table
+from eval.tasks import retrieval, zero_shot
+from pipelines import run_folder
+from pipelines.embed import EmbeddedPairs, embed_pairs
+from pipelines.schemas import EvaluateConfig, TaskConfig
+from shards.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A report and the embeddings behind it."""
+
+    report: Report
+    pairs: EmbeddedPairs
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluate, print the table, keep the figures."""
+    evaluations = evaluate(load(config.model), config)
+    print(format_table(one.report for one in evaluations.values()))
+    if config.out is not None:
+        print(f"figures: {config.out / 'results.json'}")
+    return 0
+
+
+def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation]:
+    """Run every task; tasks on the same data share its embeddings."""
+    started = time.perf_counter()
+    embedded: dict[str, EmbeddedPairs] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for title, task in config.tasks.items():
+        place = f"{task.data} {sorted(task.where.items())}"
+        if place not in embedded:
+            manifest = Manifest.open(task.data)
+            embedded[place] = embed_pairs(
+                model, manifest, where=task.where, batch_size=config.batch_size
+            )
+        report = run_task(model, embedded[place], task, title=title)
+        evaluations[title] = Evaluation(report, embedded[place])
+    if config.out is not None:
+        with run_folder.locked(config.out):
+            run_folder.record(config.out, config)
+            results = {
+                "model": {"path": config.model, "fingerprint": fingerprint(config.model)},
+                "seconds": round(time.perf_counter() - started, 2),
+                "reports": [one.report.to_json() for one in evaluations.values()],
+            }
+            run_folder.write_json(config.out / "results.json", results)
+    return evaluations
+
+
+def run_task(model: DualEncoder, pairs: EmbeddedPairs, task: TaskConfig, *, title: str) -> Report:
+    """One task over embedded pairs."""
+    protocol: dict[str, Any] = {"data": pairs.fingerprint, "where": task.where, "label": task.label}
+    if task.task == "retrieval":
+        return retrieval_report(pairs, label=task.label, title=title, protocol=protocol)
+    names, labels = numbered(pairs.values(task.label))
+    classes = class_prototypes(
+        lambda texts: model.encode_text(texts).numpy(),
+        [name.replace("-", " ").replace("_", " ") for name in names]
+        if task.label != "caption"
+        else names,
+        task.templates,
+    )
+    protocol["templates"] = task.templates
+    return zero_shot(pairs.images, classes, labels, names, title=title, protocol=protocol)
+
+
+def retrieval_report(
+    pairs: EmbeddedPairs,
+    *,
+    label: str = "caption",
+    title: str = "",
+    protocol: dict[str, Any] | None = None,
+) -> Report:
+    """Retrieval both ways between the pictures and the distinct captions of a data set.
+
+    A caption that several pictures share is one candidate, and right for each of them.
+    """
+    _, labels = numbered(pairs.values(label))
+    _, first = np.unique(np.array(pairs.captions), return_index=True)
+    return retrieval(
+        pairs.images,
+        pairs.texts[np.sort(first)],
+        image_labels=labels,
+        text_labels=labels[np.sort(first)],
+        title=title,
+        protocol=protocol,
+    )
+
+
+def numbered(values: list[str]) -> tuple[list[str], np.ndarray]:
+    """Distinct values in sorted order, and the number of each item's value."""
+    names, labels = np.unique(np.array(values), return_inverse=True)
+    return names.tolist(), labels.astype(np.int64)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("evaluate")

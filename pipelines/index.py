@@ -1,0 +1,37 @@
+"""`align index`: an embedding table into a FAISS index."""
+
+from eval.index import IndexCard, build_index
+from eval.table import EmbeddingTable
+from pipelines.schemas import IndexConfig
+
+
+def run(config: IndexConfig) -> int:
+    """Build the index and say what it reaches."""
+    table = EmbeddingTable(config.table)
+    card = build_index(
+        table,
+        config.out,
+        factory=config.factory,
+        knobs=config.knobs,
+        modality=config.modality,
+        seed=config.seed,
+    )
+    print(f"{config.out}: {describe(card)}")
+    return 0
+
+
+def describe(card: IndexCard) -> str:
+    """An index in one line."""
+    recall = card.recall
+    return (
+        f"{card.factory}, {card.rows} {card.modality} rows of {card.dim}, "
+        f"{card.bytes_per_vector:.0f} bytes each, built in {card.build_seconds:.1f} s, "
+        f"recall@10 of {card.recall_queries} queries against exact search "
+        f"{100 * recall.value:.1f} % ({100 * recall.low:.1f} to {100 * recall.high:.1f})"
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("index")
