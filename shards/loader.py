@@ -1,6 +1,6 @@
 """Batches: an endless, resumable stream for training, and one pass in order for everything else."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -212,7 +212,7 @@ class ShardLoader:
         """The state: samples consumed so far, over all ranks."""
         return {"consumed": self.consumed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues after `state["consumed"]` samples; costs a seek, not a replay.
 
         Args:

@@ -26,7 +26,9 @@ from jaxtyping import Int64, UInt64
 from numpy import ndarray
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 6
+# With 6 rounds on halves of at least 3 bits no bias shows in 300,000 permutations of 2 to 30 places;
+# with halves of 2 bits it does.
+_ROUNDS, _HALF_BITS = 6, 3
 # What a hash is for, so that two uses with equal counters stay independent.
 _SHARDS, _BLOCK, _SUBSTITUTE = 1, 2, 3
 
@@ -62,7 +64,7 @@ def permute(
         key: Name of each permutation.
     """
     bits = np.frexp((size - 1).astype(np.float64))[1]
-    half = np.maximum(2, (bits + 1) // 2).astype(np.uint64)
+    half = np.maximum(_HALF_BITS, (bits + 1) // 2).astype(np.uint64)
     out = index.astype(np.uint64)
     limit = size.astype(np.uint64)
     todo = np.arange(len(out))
@@ -156,7 +158,7 @@ class Order:
         return ends, self._starts[row] - (ends - self._sizes[row])
 
 
-def _finalise(state: UInt64[ndarray, " n"]) -> UInt64[ndarray, " n"]:
+def _finalise(state: UInt64[ndarray, "..."]) -> UInt64[ndarray, "..."]:
     """The output function of splitmix64; arrays wrap around without a warning."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
