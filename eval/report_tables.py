@@ -84,7 +84,7 @@ def figure_table(report: Report, labels: Mapping[str, str]) -> Element:
         _head(f"{TIMES} chance"),
         _head("Items", class_="minor"),
     ]
-    return _table(heads, rows, chance=any(figure.chance is not None for figure in figures))
+    return _table(heads, rows, figures)
 
 
 def method_table(
@@ -127,8 +127,7 @@ def method_table(
         element("tr", element("th", caption(method), scope="row"), *cells[row])
         for row, method in enumerate(reports)
     ]
-    chance = any(figure.chance is not None for column in columns.values() for figure in column)
-    return _table(heads, rows, chance=chance)
+    return _table(heads, rows, [figure for column in columns.values() for figure in column])
 
 
 def _tile(tile: Tile) -> Element:
@@ -150,15 +149,14 @@ def _tile(tile: Tile) -> Element:
     )
 
 
-def _table(heads: Sequence[Element], rows: Sequence[Element], *, chance: bool) -> Element:
+def _table(heads: Sequence[Element], rows: Sequence[Element], figures: Sequence[Figure]) -> Element:
     table = element(
         "table", element("thead", element("tr", *heads)), element("tbody", *rows), class_="sortable"
     )
-    legend = "● value with its 95 % bootstrap interval" + ("   ┆ chance" if chance else "")
     return element(
         "figure",
         element("div", table, class_="scroll"),
-        element("figcaption", legend, class_="legend"),
+        element("figcaption", _legend(figures), class_="legend"),
         class_="table",
     )
 
@@ -212,7 +210,7 @@ def _scale(figures: Sequence[Figure]) -> Scale:
     """
     low = min(0.0, *[min(_ends(figure)) for figure in figures])
     high = max(max(_ends(figure)) for figure in figures)
-    high = max([high, *[figure.chance for figure in figures if figure.chance is not None]])
+    high = max([high, *[mark for mark in map(_mark, figures) if mark is not None]])
     if figures[0].unit == "rank" and all(min(_ends(figure)) >= 1 for figure in figures):
         return Scale(1.0, max(high, 10.0), log=True)
     if high <= low:
@@ -223,7 +221,21 @@ def _scale(figures: Sequence[Figure]) -> Scale:
 
 def _bar(figure: Figure, scale: Scale) -> Element:
     low, high = _ends(figure)
-    return interval_bar(figure.value, low, high, scale=scale, chance=figure.chance)
+    return interval_bar(figure.value, low, high, scale=scale, chance=_mark(figure))
+
+
+def _mark(figure: Figure) -> float | None:
+    """The level to hold a figure against: chance, or no difference at all for a difference."""
+    return 0.0 if figure.unit == "points" and figure.chance is None else figure.chance
+
+
+def _legend(figures: Sequence[Figure]) -> str:
+    text = "● value with its 95 % bootstrap interval"
+    if any(figure.chance is not None for figure in figures):
+        text += "   ┆ chance"
+    if any(figure.unit == "points" for figure in figures):
+        text += "   ┆ no difference (points)"
+    return text
 
 
 def _number(figure: Figure, number: float) -> str:
@@ -232,7 +244,7 @@ def _number(figure: Figure, number: float) -> str:
 
 
 def _value(figure: Figure) -> Element:
-    unit = "%" if figure.unit == "fraction" else None
+    unit = {"fraction": "%", "points": "points"}.get(figure.unit)
     return element(
         "span",
         _number(figure, figure.value),

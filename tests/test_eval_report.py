@@ -229,6 +229,17 @@ def test_interval_bar_spans_the_interval_and_marks_chance() -> None:
     assert at(lines["chance"]["x1"]) == pytest.approx(low - 1.5 * (high - low), abs=0.05)
 
 
+def test_differences_are_signed_and_held_against_zero() -> None:
+    page = Page("Differences")
+    gain = figure("gain", 0.05, low=-0.01, high=0.11, chance=None, unit="points")
+    page.section("Table").figures(Report("t", (gain,)))
+    structure = Structure(page.html())
+    assert "+5.0 points" in structure.text
+    assert "−1.0 – +11.0" in structure.text  # noqa: RUF001
+    assert "no difference" in structure.text
+    assert any(found.get("class") == "chance" for tag, found in structure.tags if tag == "line")
+
+
 def test_figure_without_interval_says_so() -> None:
     page = Page("Figures")
     lonely = figure(low=math.nan, high=math.nan)
