@@ -207,7 +207,7 @@ def test_values_intervals_and_chance_are_shown() -> None:
         Report("t", (figure("top-1", 0.352, low=0.329, high=0.375, chance=None, count=5000),))
     )
     text = Structure(page.html()).text
-    for shown in ("27.2", "25.1 – 29.3", "170 × chance", "35.2", "32.9 – 37.5", "5,000"):  # noqa: RUF001
+    for shown in ("27.2", "25.1 – 29.3", "170 × chance", "35.2", "32.9 – 37.5", "5,000"):
         assert shown in text
 
 
@@ -235,7 +235,7 @@ def test_differences_are_signed_and_held_against_zero() -> None:
     page.section("Table").figures(Report("t", (gain,)))
     structure = Structure(page.html())
     assert "+5.0 points" in structure.text
-    assert "−1.0 – +11.0" in structure.text  # noqa: RUF001
+    assert "−1.0 – +11.0" in structure.text
     assert "no difference" in structure.text
     assert any(found.get("class") == "chance" for tag, found in structure.tags if tag == "line")
 
