@@ -26,8 +26,8 @@ from jaxtyping import Int64, UInt64
 from numpy import ndarray
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-# With 6 rounds on halves of at least 3 bits no bias shows in 300,000 permutations of 2 to 30 places;
-# with halves of 2 bits it does.
+# With 6 rounds on halves of at least 3 bits, 300,000 permutations of 2 to 30 places show no bias;
+# on halves of 2 bits they do.
 _ROUNDS, _HALF_BITS = 6, 3
 # What a hash is for, so that two uses with equal counters stay independent.
 _SHARDS, _BLOCK, _SUBSTITUTE = 1, 2, 3

@@ -182,8 +182,9 @@ class FolderSource(Sequence[Record]):
             fields = _json_beside(path)
             text = path.with_suffix(".txt")
             # Bytes that are not UTF-8 survive as surrogates, to be found and told when packing.
-            caption = text.read_text("utf-8", "surrogateescape") if text.is_file() else None
-            caption = fields.pop("caption", None) if caption is None else caption
+            caption = fields.pop("caption", None)
+            if text.is_file():
+                caption = text.read_text("utf-8", "surrogateescape")
             image = path.read_bytes()
         except BadSample as fault:
             return Record(key, b"", None, origin=origin, fault=fault)
