@@ -127,6 +127,8 @@ class TableWriter:
                 much, or a row has no direction (NaN, infinity, zeros); nothing of it is kept.
         """
         self._check(batch)
+        if len(batch.ids) == 0:
+            return
         self._pending.append(batch)
         waiting = sum(len(rows.ids) for rows in self._pending)
         while waiting >= self.card.rows_per_part:
@@ -193,7 +195,8 @@ class TableWriter:
             if vectors.shape[1] != self.card.dim:
                 width = vectors.shape[1]
                 raise ValueError(f"{name} embeddings: {width} wide, the table {self.card.dim}")
-            check_rows(vectors, f"{name} (samples {batch.ids[0]} to {batch.ids[-1]})")
+            if rows:
+                check_rows(vectors, f"{name} (samples {batch.ids[0]} to {batch.ids[-1]})")
 
     def _write_part(self, rows: EmbeddedRows) -> None:
         number = len(self.card.parts)

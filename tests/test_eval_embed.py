@@ -1,0 +1,256 @@
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from eval.embed import EmbeddedRows, TableWriter, write_table
+from eval.table import EmbeddingTable
+
+ROWS, DIM = 23, 6
+PRINTS = {"model": "m1", "data": "d1"}
+
+
+def rows(start, stop, *, skip=()):
+    """Samples `start` to `stop`, each a function of its id alone."""
+    ids = np.array([some for some in range(start, stop) if some not in skip], dtype=np.int64)
+    vectors = np.stack([np.random.default_rng(some).standard_normal(DIM) for some in ids])
+    return EmbeddedRows(
+        ids=ids,
+        keys=[f"key-{some}" for some in ids],
+        captions=[None if some % 5 == 0 else f"caption {some}" for some in ids],
+        shards=[f"{some // 10:05}.tar" for some in ids],
+        embeddings={
+            "image": vectors.astype(np.float32),
+            "text": (2 * vectors[:, ::-1]).astype(np.float32),
+        },
+        fields=[{"group": f"g{some % 3}", "size": {"width": int(some)}, "key": 1} for some in ids],
+    )
+
+
+def batches(size, *, stop=ROWS, skip=()):
+    def from_id(start):
+        for first in range(start, stop, size):
+            ids = [some for some in range(first, min(first + size, stop)) if some not in skip]
+            if ids:
+                yield rows(first, min(first + size, stop), skip=skip)
+
+    return from_id
+
+
+def write(out, source, **options):
+    settings = {
+        "modalities": ("image", "text"),
+        "dim": DIM,
+        "fingerprints": PRINTS,
+        "rows_per_part": 10,
+        **options,
+    }
+    return write_table(out, source, **settings)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_layout_is_the_one_clip_retrieval_reads(tmp_path):
+    table = write(tmp_path / "t", batches(4))
+    images = [np.load(tmp_path / f"t/img_emb/img_emb_{n}.npy") for n in range(3)]
+    assert [part.shape for part in images] == [(10, DIM), (10, DIM), (3, DIM)]
+    assert images[0].dtype == np.float16
+    assert np.load(tmp_path / "t/text_emb/text_emb_2.npy").shape == (3, DIM)
+    metadata = parquet.read_table(tmp_path / "t/metadata/metadata_1.parquet").to_pylist()
+    assert metadata[3] == {
+        "id": 13,
+        "key": "key-13",
+        "caption": "caption 13",
+        "shard": "00001.tar",
+        "group": "g1",
+        "size.width": 13,
+    }
+    assert table.rows == ROWS
+    assert len(table.metadata_paths) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_come_back_at_unit_length_and_in_order(tmp_path, dtype):
+    table = write(tmp_path / "t", batches(7), dtype=dtype)
+    given = rows(0, ROWS).embeddings
+    for modality in ("image", "text"):
+        expected = given[modality] / np.linalg.norm(given[modality], axis=1, keepdims=True)
+        found = table.vectors(modality)
+        assert np.abs(found - expected).max() < (1e-3 if dtype == "float16" else 1e-6)
+        assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-6)
+        some = np.array([22, 0, 10, 9, 10])
+        assert np.array_equal(table.vectors(modality, some), found[some])
+    metadata = table.metadata()
+    assert metadata["id"].to_pylist() == list(range(ROWS))
+    assert metadata["caption"].to_pylist()[4:7] == ["caption 4", None, "caption 6"]
+
+
+def test_the_bytes_do_not_depend_on_the_batches(tmp_path):
+    write(tmp_path / "one", batches(1))
+    write(tmp_path / "all", batches(50))
+    assert contents(tmp_path / "one") == contents(tmp_path / "all")
+
+
+@pytest.mark.parametrize("stopped_at", [3, 9, 10, 15, 20, 22])
+def test_a_killed_run_goes_on_and_ends_equal(tmp_path, stopped_at):
+    skip = (9, 12, 19)  # unreadable samples
+    write(tmp_path / "whole", batches(4, stop=26, skip=skip))
+    asked = []
+
+    def killed(start):
+        yield from batches(4, stop=stopped_at, skip=skip)(start)
+        raise KeyboardInterrupt
+
+    def rest(start):
+        asked.append(start)
+        return batches(3, stop=26, skip=skip)(start)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "t", killed)
+    with pytest.raises(ValueError, match="unfinished"):
+        EmbeddingTable(tmp_path / "t")
+    # A kill between the files of a part, or within one, leaves some of them behind.
+    (tmp_path / "t/img_emb").mkdir(exist_ok=True)
+    (tmp_path / "t/img_emb/img_emb_2.npy").write_bytes(b"other")
+    (tmp_path / "t/img_emb/img_emb_2.npy.writing").write_bytes(b"half")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*/*_0.*")}
+    write(tmp_path / "t", rest)
+    assert contents(tmp_path / "t") == contents(tmp_path / "whole")
+    whole_ids = [some for some in range(26) if some not in skip]
+    parts = sum(some < stopped_at for some in whole_ids) // 10
+    assert asked == [whole_ids[10 * parts - 1] + 1 if parts else 0]
+    if parts:
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_complete_table_is_not_embedded_again(tmp_path):
+    write(tmp_path / "t", batches(5))
+
+    def never(start):
+        raise AssertionError(start)
+
+    assert write(tmp_path / "t", never).rows == ROWS
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"fingerprints": {"model": "m2", "data": "d1"}}, "fingerprints"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"rows_per_part": 11}, "rows_per_part"),
+    ],
+)
+def test_going_on_with_other_options_is_refused(tmp_path, options, named):
+    write(tmp_path / "t", batches(5))
+    with pytest.raises(ValueError, match=f"begun with {named} .*embed into a new folder"):
+        write(tmp_path / "t", batches(5), **options)
+
+
+def test_damage_is_found_on_opening(tmp_path):
+    write(tmp_path / "t", batches(5))
+    victim = tmp_path / "t/text_emb/text_emb_1.npy"
+    sound = victim.read_bytes()
+    victim.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"text_emb_1.npy: changed since"):
+        EmbeddingTable(tmp_path / "t")
+    assert EmbeddingTable(tmp_path / "t", check="sizes").rows == ROWS
+    np.save(victim, np.load(victim)[:4])
+    with pytest.raises(ValueError, match=r"text_emb_1.npy: 4 rows, table.json says 10"):
+        EmbeddingTable(tmp_path / "t", check="sizes")
+    victim.unlink()
+    with pytest.raises(FileNotFoundError, match=r"text_emb_1.npy: this part .* is missing"):
+        EmbeddingTable(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match=r"not an embedding table"):
+        EmbeddingTable(tmp_path)
+    card = tmp_path / "t/table.json"
+    for broken in (
+        "{",
+        "[]",
+        '{"version": 7}',
+        '{"version": 1}',
+        json.dumps({"version": 1, "x": 2}),
+    ):
+        card.write_text(broken)
+        with pytest.raises(ValueError, match=r"table.json: not readable") as caught:
+            EmbeddingTable(tmp_path / "t")
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_batches_are_refused_and_named(tmp_path):
+    writer = TableWriter(
+        tmp_path / "t", modalities=["image"], dim=2, fingerprints={}, rows_per_part=4
+    )
+
+    def batch(ids, vectors, **options):
+        names = [f"k{some}" for some in ids]
+        given = {"keys": names, "captions": names, "shards": names, **options}
+        vectors = np.array(vectors, dtype=np.float32)
+        return EmbeddedRows(np.array(ids, dtype=np.int64), embeddings={"image": vectors}, **given)
+
+    writer.add(batch([3, 4], [[1, 0], [0, 1]]))
+    with pytest.raises(ValueError, match=r"sample id 4 \(key 'k4'\) comes after 4"):
+        writer.add(batch([4, 5], [[1, 0], [0, 1]]))
+    with pytest.raises(ValueError, match=r"sample id 7 \(key 'k7'\) comes after 9"):
+        writer.add(batch([9, 7], [[1, 0], [0, 1]]))
+    with pytest.raises(ValueError, match=r"image \(samples 5 to 6\) .*NaN or infinity: rows 1"):
+        writer.add(batch([5, 6], [[1, 0], [0, np.nan]]))
+    with pytest.raises(ValueError, match="2 ids but 1 of keys"):
+        writer.add(batch([5, 6], [[1, 0], [0, 1]], keys=["a"]))
+    with pytest.raises(ValueError, match="3 wide, the table 2"):
+        writer.add(batch([5], [[1, 0, 0]]))
+    texts = dataclasses.replace(batch([5], [[1, 0]]), embeddings={"text": np.ones((1, 2))})
+    with pytest.raises(ValueError, match=r"modalities \['text'\], but the table has \['image'\]"):
+        writer.add(texts)
+    writer.add(batch([5, 6], [[1, 0], [0, 1]]))
+    assert (writer.rows_done, writer.next_id) == (4, 7)
+    writer.add(batch([], np.empty((0, 2))))
+    assert writer.finish().metadata()["id"].to_pylist() == [3, 4, 5, 6]
+    with pytest.raises(ValueError, match="holds no text embeddings, only image"):
+        EmbeddingTable(tmp_path / "t").vectors("text")
+
+
+def test_bad_options_are_refused(tmp_path):
+    good = {"modalities": ["image"], "dim": 2, "fingerprints": {}}
+    with pytest.raises(ValueError, match="modalities"):
+        TableWriter(tmp_path / "t", **{**good, "modalities": ["sound"]})
+    with pytest.raises(ValueError, match="modalities"):
+        TableWriter(tmp_path / "t", **{**good, "modalities": []})
+    with pytest.raises(ValueError, match="rows_per_part 0"):
+        TableWriter(tmp_path / "t", **good, rows_per_part=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        TableWriter(tmp_path / "other", **good)
+    with pytest.raises(ValueError, match="no samples to embed"):
+        TableWriter(tmp_path / "t", **good).finish()
+
+
+def test_fields_may_differ_between_samples_but_not_in_type(tmp_path):
+    def sample(number, fields):
+        return EmbeddedRows(
+            np.array([number]), ["k"], ["c"], ["s"], {"image": np.ones((1, 2))}, [fields]
+        )
+
+    options = {"modalities": ["image"], "dim": 2, "fingerprints": {}, "rows_per_part": 1}
+    several = [{"a": 1}, {"b": ["x", "y"]}, {"a": 2.5, "b": []}, {}]
+    source = [sample(number, fields) for number, fields in enumerate(several)]
+    table = write_table(tmp_path / "t", lambda _start: source, **options)
+    metadata = table.metadata()
+    assert metadata["a"].to_pylist() == [1.0, None, 2.5, None]
+    assert metadata["b"].to_pylist() == [None, ["x", "y"], [], None]
+    assert metadata.schema.field("a").type == pa.float64()
+    clash = [sample(0, {"a": 1}), sample(1, {"a": "one"})]
+    with pytest.raises(ValueError, match=r"a field changes its type.* a ") as caught:
+        write_table(tmp_path / "u", lambda _start: clash, **options)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="field 'a' has values of several types"):
+        write_table(tmp_path / "v", lambda _start: clash, **{**options, "rows_per_part": 2})
