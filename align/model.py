@@ -137,7 +137,7 @@ class DualEncoder(nn.Module):
         """Texts as the text tower wants them."""
         return self.tokenizer(texts)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_image(
         self,
         images: Sequence[Image.Image] | UInt8[Tensor, "rows 3 height width"],
@@ -159,7 +159,7 @@ class DualEncoder(nn.Module):
                 rows.append(self.project_image(features.pooled).cpu())
             return torch.cat(rows)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(
         self, texts: Sequence[str], *, batch_size: int = 256
     ) -> Float[Tensor, "rows dim"]:

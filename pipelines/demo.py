@@ -54,8 +54,8 @@ def run(config: DemoConfig) -> int:
 
 
 def _run_stages(config: DemoConfig) -> int:
-    clock = _Clock()
     out = config.out
+    clock = _Clock(out / "seconds.json")
     with clock.stage("pack"):
         for split in data.SPLITS:
             _pack(split, out / "shards" / split)
@@ -96,10 +96,11 @@ def _run_stages(config: DemoConfig) -> int:
 
 
 class _Clock:
-    """Says which stage is on, and how long each took."""
+    """Says which stage is on, and how long each took, over all attempts at this demo."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = run_folder.read_json(path) if path.exists() else {}
 
     def stage(self, name: str) -> "_Clock":
         print(f"[{name}]", flush=True)
@@ -110,14 +111,16 @@ class _Clock:
         self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self._name] = time.perf_counter() - self._started
+        taken = time.perf_counter() - self._started
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + taken
+        run_folder.write_json(self._path, self.seconds)
 
 
 def _clear(out: Path) -> None:
     """Remove what a demo writes, and nothing else."""
     for name in ("shards", "pretrain", "bundle", "table", "index", "evaluate", "pairs", "fuse"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("results.json", "report.html", "config.yaml", "environment.json"):
+    for name in ("results.json", "report.html", "config.yaml", "environment.json", "seconds.json"):
         (out / name).unlink(missing_ok=True)
 
 

@@ -210,7 +210,7 @@ def open_matching_index(config: FuseConfig) -> Searcher:
     return searcher
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def picture_features(model: DualEncoder, data: Path) -> PictureSet:
     """Features of all pictures of a data set; tokens in half precision."""
     model.eval()
@@ -231,7 +231,7 @@ def picture_features(model: DualEncoder, data: Path) -> PictureSet:
     return PictureSet(bank, rows, np.concatenate(ids), fields)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_features(model: DualEncoder, texts: Sequence[str]) -> tuple[FeatureBank, dict[str, int]]:
     """Features of the distinct texts, and the row of each."""
     distinct = sorted(set(texts))

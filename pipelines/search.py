@@ -67,7 +67,7 @@ def open_picture(path: Path) -> Image.Image:
         raise ConfigError(f"image: {path} cannot be read as a picture ({error})") from error
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_query(
     model: DualEncoder,
     *,

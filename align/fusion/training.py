@@ -134,7 +134,7 @@ def train_head(
     return losses
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fuse_all(
     head: FusionHead,
     queries: ComposedQueries,
