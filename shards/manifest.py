@@ -8,7 +8,7 @@ stable id. Folders that others made get both files from one walk over the header
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,11 +214,10 @@ class Manifest:
             ValueError: If no sample is found.
         """
         folder = Path(folder)
-        contents = [read_tar(path) for path in _tar_files(folder)]
-        manifest = cls.from_contents(folder, contents)
+        manifest = cls.from_contents(folder, map(read_tar, _tar_files(folder)))
         if not len(manifest):
             first = f"; first problem: {manifest.problems[0]}" if manifest.problems else ""
-            raise ValueError(f"{folder}: no sample in {len(contents)} tar files{first}")
+            raise ValueError(f"{folder}: no sample in {len(manifest.shards)} tar files{first}")
         try:
             manifest.save()
         except OSError:
@@ -231,25 +230,30 @@ class Manifest:
     def from_contents(
         cls,
         folder: Path,
-        contents: Sequence[TarContent],
-        *,
-        hashes: Sequence[str] = (),
-        problems: Sequence[Problem] = (),
+        contents: Iterable[TarContent],
     ) -> "Manifest":
         """Makes a manifest from walks over the shards.
 
         Args:
             folder: Where the shards lie.
-            contents: One per shard, in order.
-            hashes: SHA-256 of each shard, if known.
-            problems: Further problems, put before those of the shards.
+            contents: One per shard, in order; taken one at a time, as they are large in memory.
+
+        Raises:
+            ValueError: If the members are of so many kinds that they cannot be samples.
         """
-        shards = [
-            Shard(content.name, len(content.samples), content.bytes, content.headers, sha256)
-            for content, sha256 in zip(contents, hashes or [""] * len(contents), strict=True)
-        ]
-        found = [*problems, *(problem for content in contents for problem in content.problems)]
-        return cls(folder, shards, _sample_table(folder, contents), found)
+        shards: list[Shard] = []
+        tables: list[pa.Table] = []
+        problems: list[Problem] = []
+        for number, content in enumerate(contents):
+            size = len(content.samples)
+            shards.append(Shard(content.name, size, content.bytes, content.headers, content.sha256))
+            tables.append(_sample_table(folder, number, content))
+            problems.extend(content.problems)
+        if not tables:
+            tables.append(_sample_table(folder, 0, TarContent("")))
+        samples = pa.concat_tables(tables, promote_options="default")
+        fields = sorted(name for name in samples.column_names if "." in name)
+        return cls(folder, shards, samples.select(["shard", "key", *fields]), problems)
 
     def save(self, place: Path | None = None) -> None:
         """Writes both files, the manifest last, each whole or not at all.
@@ -308,14 +312,14 @@ def _tar_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _sample_table(folder: Path, contents: Sequence[TarContent]) -> pa.Table:
-    samples = [sample for content in contents for sample in content.samples]
-    fields = sorted({name for sample in samples for name in sample.spans})
+def _sample_table(folder: Path, number: int, content: TarContent) -> pa.Table:
+    """The rows of one shard."""
+    samples = content.samples
+    fields = {name for sample in samples for name in sample.spans}
     if len(fields) > _MAX_FIELDS:
         raise ValueError(f"{folder}: {len(fields)} kinds of members; these are not pairs of files")
-    numbers = np.repeat(np.arange(len(contents)), [len(content.samples) for content in contents])
     columns: dict[str, Any] = {
-        "shard": pa.array(numbers, pa.int32()),
+        "shard": pa.array(np.full(len(samples), number, np.int32)),
         "key": pa.array([sample.key for sample in samples], pa.string()),
     }
     for name in fields:

@@ -58,6 +58,7 @@ class TarContent:
         problems: What was damaged, unsafe, or passed over.
         bytes: Size of the file.
         headers: SHA-256 of all headers: names, sizes and times, without reading the contents.
+        sha256: SHA-256 of the whole file, where somebody took it; the walk does not.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TarContent:
     problems: list[Problem] = field(default_factory=list)
     bytes: int = 0
     headers: str = ""
+    sha256: str = ""
 
     def tell(self, reason: Reason, key: str, detail: str) -> None:
         """Notes a problem."""

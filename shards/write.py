@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -83,16 +83,11 @@ def pack(
         mixed = records if shuffle_seed is None else _shuffled(records, shuffle_seed)
         check = _Check(limits or Limits(), strict=strict)
         good = check.good(_watched(mixed, total, progress))
-        contents: list[TarContent] = []
-        hashes: list[str] = []
-        while chunk := list(islice(good, samples_per_shard)):
-            path = work / f"{len(contents):06d}.tar"
-            hashes.append(_write_shard(path, chunk))
-            contents.append(read_tar(path))
-        if not contents:
+        manifest = Manifest.from_contents(out, _write_shards(work, good, samples_per_shard))
+        if not len(manifest):
             shutil.rmtree(work)
             raise ValueError(f"no usable record for {out}{check.summary()}")
-        manifest = Manifest.from_contents(out, contents, hashes=hashes, problems=check.problems)
+        manifest.problems = (*check.problems, *manifest.problems)
         _move_in(manifest, work, old)
     return manifest
 
@@ -217,13 +212,20 @@ def _watched(
         progress(number, total)
 
 
-def _write_shard(path: Path, samples: Sequence[_Members]) -> str:
-    """Writes one shard, whole or not at all; returns its SHA-256."""
-    with (
-        replacing(path) as stream,
-        TarWriter(stream, encoder=False, mtime=0, user="", group="") as tar,
-    ):
-        for members in samples:
-            tar.write(members)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _write_shards(
+    folder: Path, samples: Iterator[_Members], samples_per_shard: int
+) -> Iterator[TarContent]:
+    """Writes shard after shard, each whole or not at all, and yields what is in it."""
+    numbers = count()
+    while chunk := list(islice(samples, samples_per_shard)):
+        path = folder / f"{next(numbers):06d}.tar"
+        with (
+            replacing(path) as stream,
+            TarWriter(stream, encoder=False, mtime=0, user="", group="") as tar,
+        ):
+            for members in chunk:
+                tar.write(members)
+        content = read_tar(path)
+        with path.open("rb") as stream:
+            content.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        yield content
