@@ -293,14 +293,13 @@ def _count_reaching(
         for columns in _blocks(len(right), tile):
             scores: Float32[ndarray, "some others"] = coarse_left[rows] @ coarse_right[columns].T
             counts[rows] += np.count_nonzero(scores >= sure, axis=1)
-            if not (undecided := (scores < sure) & (scores >= close)).any():
-                continue
+            undecided = (scores >= close) & (scores < sure)
             if np.count_nonzero(undecided) * 8 > undecided.size:  # nearly all equal: one product
                 exact = left[rows] @ right[columns].T
                 reached = undecided & (exact >= threshold[rows, None])
                 counts[rows] += np.count_nonzero(reached, axis=1)
                 continue
-            query, candidate = np.nonzero(undecided)
+            query, candidate = np.divmod(np.flatnonzero(undecided), undecided.shape[1])
             query, candidate = query + rows.start, candidate + columns.start
             reached = _pair_scores(left, right, query, candidate) >= threshold[query]
             counts += np.bincount(query[reached], minlength=len(counts))
