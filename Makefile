@@ -29,7 +29,7 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	$(BIN)/python -m benchmarks.startup $(ARGS)
 
 setup: $(READY)
 

@@ -117,11 +117,11 @@ def checkpoints(folder: Path | str) -> list[Path]:
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in module.named_parameters()}
     return {
-        f"{slot}/{names[parameter]}": torch.as_tensor(value).contiguous()
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
+        f"{slot}/{name}": torch.as_tensor(value).contiguous()
+        for name, parameter in module.named_parameters()
+        if parameter in optimizer.state
+        for slot, value in optimizer.state[parameter].items()
     }
 
 

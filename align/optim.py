@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from torch import nn
 
 
@@ -55,13 +55,11 @@ def build_optimizer(
     try:
         if name == "adamw":
             return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **options)
-        known = list_optimizers()
+        known = [str(one) for one in list_optimizers()]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f" (near: {', '.join(near)})" if near else ""
-            raise ValueError(
-                f"unknown optimizer {name!r}{hint}; known: adamw, {', '.join(map(str, known))}"
-            )
+            raise ValueError(f"unknown optimizer {name!r}{hint}; known: adamw, {', '.join(known)}")
         return create_optimizer_v2(groups, opt=name, lr=learning_rate, **options)
     except TypeError as error:
         raise ValueError(f"optimizer {name} does not take these options: {error}") from error

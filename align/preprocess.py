@@ -1,5 +1,6 @@
 """A picture as the image tower wants it: RGB over white, square, uint8."""
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
@@ -7,23 +8,29 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 
-def preprocess(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Lay a picture over white, scale its shorter side to `size` (antialiased), cut the centre.
+def preprocess(image: Image.Image, size: int) -> UInt8[Tensor, "3 {size} {size}"]:
+    """Turn upright by EXIF, lay over white, cut the central square, scale it (bicubic).
 
-    This is the protocol of CLIP (Radford et al. 2021), bilinear, on uint8; a picture that already
-    has the size passes unchanged. Rotation by EXIF is honoured.
+    The protocol of CLIP (Radford et al. 2021); a picture that already has the size passes
+    unchanged. Sixteen bits of gray are scaled to eight.
 
     Args:
         image: any size, any mode.
         size: side of the square that comes out, in pixels.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        image = Image.alpha_composite(white, rgba)
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     pixels = transforms.pil_to_tensor(image.convert("RGB"))
-    if pixels.shape[1:] != (size, size):
-        pixels = transforms.resize(pixels, [size], antialias=True)
-        pixels = transforms.center_crop(pixels, [size, size])
-    return pixels.to(torch.uint8)
+    height, width = pixels.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[:, top : top + side, left : left + side]
+    if side == size:
+        return square
+    mode = transforms.InterpolationMode.BICUBIC
+    scaled = transforms.resize(square, [size, size], interpolation=mode, antialias=True)
+    return scaled.to(torch.uint8)

@@ -85,14 +85,14 @@ class Tokenizer:
 
         The result depends on the multiset of texts alone, not on their order.
         """
-        raw = RawTokenizer(WordPiece(unk_token="[UNK]"))
-        raw.normalizer = BertNormalizer(lowercase=True)  # pyright: ignore[reportAttributeAccessIssue]
-        raw.pre_tokenizer = BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        trainer = WordPieceTrainer(
-            vocab_size=vocabulary_size, special_tokens=special, show_progress=False
-        )
-        raw.train_from_iterator(sorted(texts), trainer)
+        counted = sorted(texts)
+        # The trainer numbers the letters inside words ("##a") in the order of a hash table that
+        # differs from process to process, and breaks ties by those numbers. A first round finds
+        # them, and the second is given them in order, as if they were special.
+        found = _trained(counted, vocabulary_size=1, first=_SPECIAL).get_vocab()
+        inner = sorted(entry for entry in found if entry.startswith("##") and len(entry) == 3)
+        vocabulary = _trained(counted, vocabulary_size=vocabulary_size, first=[*_SPECIAL, *inner])
+        raw = _word_pieces(vocabulary.get_vocab())
         raw.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single="[CLS] $A [SEP]",
             special_tokens=[(name, raw.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
@@ -105,3 +105,23 @@ class Tokenizer:
             sep_token="[SEP]",
         )
         return cls(backend, context_length=context_length)
+
+
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def _word_pieces(vocabulary: dict[str, int] | None = None) -> RawTokenizer:
+    raw = RawTokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.normalizer = BertNormalizer(lowercase=True)  # pyright: ignore[reportAttributeAccessIssue]
+    raw.pre_tokenizer = BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    return raw
+
+
+def _trained(texts: Sequence[str], *, vocabulary_size: int, first: Sequence[str]) -> RawTokenizer:
+    """Word pieces of a vocabulary that begins with the given entries."""
+    raw = _word_pieces()
+    trainer = WordPieceTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(first), show_progress=False
+    )
+    raw.train_from_iterator(texts, trainer)
+    return raw

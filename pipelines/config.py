@@ -123,7 +123,8 @@ def _explain(schema: type[Config], detail: ErrorDetails) -> str:
         case "missing":
             return f"{path}: required, and not given"
         case "value_error":
-            return f"{path}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
+            said = str(detail.get("ctx", {}).get("error", detail["msg"]))
+            return f"{path}: {said}" if path else said
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{path}: {message}, got {detail['input']!r}"
 

@@ -136,7 +136,7 @@ def _retrieval(page: Page, run: DemoRun, pictures: Pictures) -> None:
     shown.subtitle("From picture to name").gallery(
         [
             Query(
-                picture=pictures[vendor.pairs.ids[one["query"]]],
+                picture=pictures[int(vendor.pairs.ids[one["query"]])],
                 picture_caption=vendor.pairs.captions[one["query"]],
                 hits=[
                     Hit(names[hit["item"]], score=hit["score"], right=hit["right"])
@@ -154,7 +154,7 @@ def _retrieval(page: Page, run: DemoRun, pictures: Pictures) -> None:
                 hits=[
                     Hit(
                         vendor.pairs.captions[hit["item"]],
-                        pictures[vendor.pairs.ids[hit["item"]]],
+                        pictures[int(vendor.pairs.ids[hit["item"]])],
                         hit["score"],
                         right=hit["right"],
                     )
@@ -236,8 +236,8 @@ def _confusions(page: Page, run: DemoRun, pictures: Pictures) -> None:
             mistaken_for=pair["predicted"],
             count=pair["count"],
             total=pair["of"],
-            picture=pictures[one.pairs.ids[pair["images"][0]]],
-            mistaken_picture=pictures[one.pairs.ids[first[pair["predicted"]]]],
+            picture=pictures[int(one.pairs.ids[pair["images"][0]])],
+            mistaken_picture=pictures[int(one.pairs.ids[first[pair["predicted"]]])],
         )
         for pair in one.report.details["confused"][:12]
     ]
@@ -257,7 +257,7 @@ def _map(page: Page, run: DemoRun, pictures: Pictures) -> None:
         "alike to the model, distances between groups mean nothing.",
     ).map(
         project_2d(pairs.images[rows]),
-        [pictures[sample] for sample in pairs.ids[rows]],
+        [pictures[sample] for sample in pairs.ids[rows].tolist()],
         [pairs.captions[row] for row in rows],
     )
 

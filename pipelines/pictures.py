@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.decode import decode_image
@@ -18,7 +19,7 @@ class Pictures:
         self.manifest = Manifest.open(data)
         self._reader = ShardReader(self.manifest)
 
-    def __getitem__(self, sample: int) -> Image.Image:
+    def __getitem__(self, sample: int | np.integer) -> Image.Image:
         """Read one picture."""
         manifest = self.manifest
         name = manifest.image_fields[int(manifest.image_choice[sample])]

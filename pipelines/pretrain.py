@@ -8,66 +8,25 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.bundle import save
 from align.checkpoint import checkpoints, load_state, save_state
-from align.losses import InfoNCE
-from align.model import DualEncoder, DualEncoderConfig, Tower
-from align.objective import ContrastiveObjective
-from align.optim import build_optimizer, cosine_factor, parameter_groups, set_learning_rate
-from align.tokenizer import Tokenizer
+from align.optim import cosine_factor, set_learning_rate
 from pipelines import run_folder
-from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
+from pipelines.captions import positive_labels
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import embed_pairs
 from pipelines.evaluate import retrieval_report
 from pipelines.progress import StopOnSignal, TrainingLog
-from pipelines.schemas import ModelConfig, PretrainConfig
-from shards.augment import Augment
-from shards.loader import Batch, ShardLoader
-from shards.manifest import Manifest
+from pipelines.schemas import PretrainConfig
+from pipelines.training import Training, build, training_pictures
+from shards.loader import Batch
 
 BAD_STEPS_IN_A_ROW = 5
 """After so many steps without a finite gradient the run stops: nothing good follows."""
-
-
-@dataclass
-class Training:
-    """Everything a step touches."""
-
-    config: PretrainConfig
-    accelerator: Accelerator
-    loader: ShardLoader
-    captions: CaptionWriter
-    objective: ContrastiveObjective
-    wrapped: Any  # the objective as Accelerate prepared it
-    optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
-    fingerprint: str
-    step: int = 0
-    skipped: int = 0
-
-    @property
-    def steps(self) -> int:
-        """Length of the run."""
-        return self.config.samples // self.config.batch_size
-
-    @property
-    def chosen_model(self) -> DualEncoder:
-        """The averaged weights where there are any, else the trained ones."""
-        chosen: Any = self.objective if self.average is None else self.average.module
-        return chosen.model
-
-    def due(self, samples: int) -> bool:
-        """Whether a cadence of so many samples falls due with the step just taken."""
-        done = self.step * self.config.batch_size
-        return done // samples > (done - self.config.batch_size) // samples
 
 
 def run(config: PretrainConfig) -> int:
@@ -114,98 +73,6 @@ def refuse_to_mix(config: PretrainConfig) -> None:
 
 
 _MAY_CHANGE = {"resume", "workers", "log_every", "save_every", "keep", "validation"}
-
-
-def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
-    """Make every part of a run from its configuration."""
-    manifest = Manifest.open(config.data)
-    captions = CaptionWriter(config.captions, seed=config.seed)
-    if config.tokenizer.name is not None:
-        tokenizer = Tokenizer.load(
-            config.tokenizer.name, context_length=config.model.context_length
-        )
-    else:
-        tokenizer = train_tokenizer(
-            manifest,
-            captions,
-            vocabulary_size=config.tokenizer.vocabulary_size,
-            context_length=config.model.context_length,
-        )
-    torch.manual_seed(config.seed)
-    loss = InfoNCE(
-        temperature=config.loss.temperature,
-        min_temperature=config.loss.min_temperature,
-        label_smoothing=config.loss.label_smoothing,
-    )
-    objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
-    objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
-    optimizer = build_optimizer(
-        config.optimizer.name,
-        parameter_groups(objective, weight_decay=config.optimizer.weight_decay),
-        learning_rate=config.optimizer.learning_rate,
-        **config.optimizer.options,
-    )
-    average = None
-    if config.optimizer.average:
-        averaging = get_ema_multi_avg_fn(config.optimizer.average)
-        average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
-    if accelerator.is_main_process:
-        run_folder.record(
-            config.out,
-            config,
-            data={"samples": len(manifest), "fingerprint": manifest.fingerprint},
-            parameters=sum(parameter.numel() for parameter in objective.parameters()),
-            processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            threads=torch.get_num_threads(),
-        )
-    return Training(
-        config=config,
-        accelerator=accelerator,
-        loader=make_loader(config, manifest, accelerator),
-        captions=captions,
-        objective=objective,
-        wrapped=accelerator.prepare_model(objective),
-        optimizer=optimizer,
-        average=average,
-        fingerprint=manifest.fingerprint,
-    )
-
-
-def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
-    """The dual encoder that a configuration describes."""
-    return DualEncoder(
-        DualEncoderConfig(
-            image=Tower(config.image.name, dict(config.image.options)),
-            text=Tower(config.text.name, dict(config.text.options)),
-            dim=config.dim,
-            image_size=config.image_size,
-            context_length=config.context_length,
-        ),
-        tokenizer,
-    )
-
-
-def make_loader(
-    config: PretrainConfig, manifest: Manifest, accelerator: Accelerator
-) -> ShardLoader:
-    """The training stream: this process's share of every global batch."""
-    size = config.model.image_size
-    augment = None
-    if config.augment.enabled:
-        augment = Augment(size, seed=config.seed, **config.augment.options)
-    return ShardLoader(
-        manifest,
-        batch_size=config.batch_size,
-        image_size=size,
-        decode_size=config.augment.decode_size or size,
-        seed=config.seed,
-        lanes=config.lanes,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        workers=config.workers,
-        augment=augment,
-    )
 
 
 def train(training: Training) -> bool:
@@ -286,7 +153,8 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
 
     started = time.perf_counter()
     training.wrapped.train()
-    output = training.wrapped(batch.images.to(device), tokens.ids, tokens.mask, labels)
+    images = training_pictures(training, batch)
+    output = training.wrapped(images, tokens.ids, tokens.mask, labels)
     training.accelerator.backward(output.loss)
     # Gradients are the same on every process by now, so all decide alike.
     norm = torch.nn.utils.clip_grad_norm_(

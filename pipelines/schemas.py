@@ -156,6 +156,13 @@ class AugmentConfig(Config):
     )
 
 
+class StageConfig(Config):
+    """A first part of the run on smaller pictures."""
+
+    until: Share = Field(description="Share of the run at which it ends.")
+    image_size: PositiveInt = Field(description="Side of the pictures, in pixels.")
+
+
 class ValidationConfig(Config):
     """Retrieval on held-out pairs while training."""
 
@@ -185,6 +192,11 @@ class PretrainConfig(Config):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
+    stages: list[StageConfig] = Field(
+        default_factory=list,
+        description="Smaller pictures first: [{until: 0.6, image_size: 32}]; what remains of the\n"
+        "run is at model.image_size.",
+    )
     batch_size: PositiveInt = Field(
         default=256, description="Global batch: all processes together."
     )

@@ -25,7 +25,6 @@ class Augment:
     Pictures are treated as ink on white paper: what moves in from outside is white.
 
     Args:
-        size: side of the square that comes out, in pixels.
         seed: of the draws.
         scale: smallest and largest magnification; log-uniform.
         aspect: largest log ratio of the two axes' magnification.
@@ -49,7 +48,6 @@ class Augment:
 
     def __init__(
         self,
-        size: int,
         *,
         seed: int = 0,
         scale: Sequence[float] = (0.7, 1.2),
@@ -68,7 +66,6 @@ class Augment:
         page: float = 0.1,
         erase: float = 0.25,
     ) -> None:
-        self.size = size
         self.seed = seed
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"augment: scale={tuple(scale)} must be two numbers, 0 < low <= high")
@@ -92,11 +89,20 @@ class Augment:
         images: UInt8[Tensor, "b 3 height height"],
         ids: Int64[Tensor, " b"],
         epochs: Int64[Tensor, " b"],
-    ) -> UInt8[Tensor, "b 3 size size"]:
-        """The changed pictures."""
-        draw = _Draws(self.seed, ids, epochs)
+        *,
+        size: int,
+    ) -> UInt8[Tensor, "b 3 {size} {size}"]:
+        """The changed pictures.
+
+        Args:
+            images: a batch, on any device.
+            ids: stable sample ids.
+            epochs: which pass over the data each sample belongs to.
+            size: side of the square that comes out, in pixels.
+        """
+        draw = _Draws(self.seed, ids, epochs, images.device)
         ink = 1 - images.float() / 255
-        ink = self._move(ink, draw)
+        ink = self._move(ink, draw, size)
         if self.strengths["gamma"]:
             ink = ink.clamp(1e-4, 1) ** _per_image(draw.log_uniform(self.strengths["gamma"]))
         ink = self._recolour(ink, draw)
@@ -106,7 +112,9 @@ class Augment:
         ink = self._erase(ink, draw)
         return ((1 - ink) * 255).round().to(torch.uint8)
 
-    def _move(self, ink: Float[Tensor, "b 3 h h"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
+    def _move(
+        self, ink: Float[Tensor, "b 3 h h"], draw: "_Draws", size: int
+    ) -> Float[Tensor, "b 3 s s"]:
         """One affine map: magnify, stretch, shear, turn, shift; bilinear, white from outside."""
         strength, rows = self.strengths, len(ink)
         low, high = (math.log(bound) for bound in self.scale)
@@ -125,8 +133,8 @@ class Augment:
             ],
             dim=1,
         )
-        grid = F.affine_grid(affine, [rows, 3, self.size, self.size], align_corners=False)
-        ratio = ink.shape[-1] / self.size
+        grid = F.affine_grid(affine, [rows, 3, size, size], align_corners=False)
+        ratio = ink.shape[-1] / size
         if ratio >= 2:
             ink = F.avg_pool2d(ink, int(ratio))
         elif ratio > 1.2:  # a light blur against aliasing, the stronger the more is lost
@@ -139,9 +147,12 @@ class Augment:
         saturation = draw.log_uniform(self.strengths["saturation"])
         saturation = saturation * (1 - draw.chance(self.chances["gray"]))
         gains = torch.stack([draw.log_uniform(self.strengths["gain"]) for _ in range(3)], dim=1)
-        identity, mean = torch.eye(3), torch.full((3, 3), 1 / 3)
+        identity = torch.eye(3, device=ink.device)
+        mean = torch.full_like(identity, 1 / 3)
         root = 1 / math.sqrt(3)
-        cross = torch.tensor([[0.0, -root, root], [root, 0.0, -root], [-root, root, 0.0]])
+        cross = torch.tensor(
+            [[0.0, -root, root], [root, 0.0, -root], [-root, root, 0.0]], device=ink.device
+        )
         cos, sin, keep = (x.view(-1, 1, 1) for x in (torch.cos(turn), torch.sin(turn), saturation))
         rotation = cos * identity + (1 - cos) * mean + sin * cross
         matrix = torch.diag_embed(gains) @ (keep * identity + (1 - keep) * mean) @ rotation
@@ -171,7 +182,8 @@ class Augment:
 
     def _erase(self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
         """One white rectangle of 15 to 45 % of each side."""
-        place = (torch.arange(self.size) + 0.5) / self.size
+        size = ink.shape[-1]
+        place = (torch.arange(size, device=ink.device) + 0.5) / size
         inside = []
         for _ in range(2):
             length, centre = draw.uniform(0.15, 0.45), draw.uniform(0, 1)
@@ -188,10 +200,17 @@ def _per_image(values: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
 class _Draws:
     """Numbers for each sample of a batch, one slot after the other."""
 
-    def __init__(self, seed: int, ids: Int64[Tensor, " b"], epochs: Int64[Tensor, " b"]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        ids: Int64[Tensor, " b"],
+        epochs: Int64[Tensor, " b"],
+        device: torch.device,
+    ) -> None:
         slots = np.arange(_SLOTS)[None]
         bits = hash64(seed, _DRAW, epochs.numpy()[:, None], ids.numpy()[:, None], slots)
-        self._table = torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / 2**24)
+        uniform = (bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+        self._table = torch.from_numpy(uniform).to(device)
         self._slot = 0
 
     def uniform(self, low: float, high: float) -> Float[Tensor, " b"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 
 def _rank(rank: int, function: Callable, world: int, meeting: str, arguments: tuple) -> None:
@@ -26,7 +26,7 @@ def run_ranks(function: Callable, world: int, *arguments: object, seconds: float
     """
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        context = mp.start_processes(
+        context = start_processes(
             _rank,
             args=(function, world, meeting, arguments),
             nprocs=world,
@@ -41,4 +41,5 @@ def run_ranks(function: Callable, world: int, *arguments: object, seconds: float
                     raise TimeoutError(f"{function.__name__}: not done in {seconds} s")
         finally:
             for process in context.processes:
-                process.kill()
+                if process is not None:
+                    process.kill()

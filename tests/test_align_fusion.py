@@ -15,7 +15,7 @@ DIM, IMAGE_WIDTH, TEXT_WIDTH = 16, 24, 12
 every_head = pytest.mark.parametrize("name", FUSION_HEADS)
 
 
-def make(name: str, *, stirred: bool = True, **widths: int) -> FusionHead:
+def make(name: str, *, stirred=True, **widths: int) -> FusionHead:
     """A head; stirred, so that what starts at zero has something to say."""
     torch.manual_seed(0)
     sizes = {"dim": DIM, "image_width": IMAGE_WIDTH, "text_width": TEXT_WIDTH, **widths}
@@ -27,7 +27,7 @@ def make(name: str, *, stirred: bool = True, **widths: int) -> FusionHead:
     return head.eval()
 
 
-def pair(rows: int, *, seed: int = 0, dim=DIM, image_width=IMAGE_WIDTH, text_width=TEXT_WIDTH):
+def pair(rows: int, *, seed=0, dim=DIM, image_width=IMAGE_WIDTH, text_width=TEXT_WIDTH):
     generator = torch.Generator().manual_seed(seed)
 
     def modality(tokens: int, width: int) -> Modality:
@@ -174,9 +174,10 @@ def test_it_starts_at_the_mean(name):
 def test_unit_length_fp32_at_the_widths_of_resnet50_and_bert(name, dtype):
     widths = {"dim": 512, "image_width": 2048, "text_width": 768}
     image, text = pair(3, **widths)
+    assert image.tokens is not None
     image = changed(image, tokens=image.tokens.to(dtype), pooled=image.pooled.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        embedding = make(name, **widths)(image, text).embedding
+        embedding = make(name, stirred=True, **widths)(image, text).embedding
     assert embedding.dtype == torch.float32
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
 

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Family = Literal[
-    *("early", "intermediate", "late", "low-rank", "alignment"),
-    *("attention", "progressive", "adaptive"),
+    "early",
+    "intermediate",
+    "late",
+    "low-rank",
+    "alignment",
+    "attention",
+    "progressive",
+    "adaptive",
 ]
 
 

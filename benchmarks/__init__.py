@@ -1,0 +1,1 @@
+"""Measurements: each prints a table and ends in one JSON line of its figures."""

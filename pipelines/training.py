@@ -1,0 +1,172 @@
+"""The parts of a training run, made from its configuration."""
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from align.losses import InfoNCE
+from align.model import DualEncoder, DualEncoderConfig, Tower
+from align.objective import ContrastiveObjective
+from align.optim import build_optimizer, parameter_groups
+from align.tokenizer import Tokenizer
+from pipelines import run_folder
+from pipelines.captions import CaptionWriter, train_tokenizer
+from pipelines.config import ConfigError
+from pipelines.schemas import ModelConfig, PretrainConfig
+from shards.augment import Augment
+from shards.decode import resize
+from shards.loader import Batch, ShardLoader
+from shards.manifest import Manifest
+
+
+@dataclass
+class Training:
+    """Everything a step touches."""
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    loader: ShardLoader
+    captions: CaptionWriter
+    augment: Augment | None
+    objective: ContrastiveObjective
+    wrapped: Any  # the objective as Accelerate prepared it
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    fingerprint: str
+    step: int = 0
+    skipped: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.config.samples // self.config.batch_size
+
+    @property
+    def chosen_model(self) -> DualEncoder:
+        """The averaged weights where there are any, else the trained ones."""
+        chosen: Any = self.objective if self.average is None else self.average.module
+        return chosen.model
+
+    def due(self, samples: int) -> bool:
+        """Whether a cadence of so many samples falls due with the step just taken."""
+        done = self.step * self.config.batch_size
+        return done // samples > (done - self.config.batch_size) // samples
+
+
+def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
+    """Make every part of a run from its configuration."""
+    manifest = Manifest.open(config.data)
+    captions = CaptionWriter(config.captions, seed=config.seed)
+    if config.tokenizer.name is not None:
+        tokenizer = Tokenizer.load(
+            config.tokenizer.name, context_length=config.model.context_length
+        )
+    else:
+        tokenizer = train_tokenizer(
+            manifest,
+            captions,
+            vocabulary_size=config.tokenizer.vocabulary_size,
+            context_length=config.model.context_length,
+        )
+    torch.manual_seed(config.seed)
+    loss = InfoNCE(
+        temperature=config.loss.temperature,
+        min_temperature=config.loss.min_temperature,
+        label_smoothing=config.loss.label_smoothing,
+    )
+    objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
+    objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
+    optimizer = build_optimizer(
+        config.optimizer.name,
+        parameter_groups(objective, weight_decay=config.optimizer.weight_decay),
+        learning_rate=config.optimizer.learning_rate,
+        **config.optimizer.options,
+    )
+    average = None
+    if config.optimizer.average:
+        averaging = get_ema_multi_avg_fn(config.optimizer.average)
+        average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
+    if accelerator.is_main_process:
+        run_folder.record(
+            config.out,
+            config,
+            data={"samples": len(manifest), "fingerprint": manifest.fingerprint},
+            parameters=sum(parameter.numel() for parameter in objective.parameters()),
+            processes=accelerator.num_processes,
+            device=str(accelerator.device),
+            threads=torch.get_num_threads(),
+        )
+    return Training(
+        config=config,
+        accelerator=accelerator,
+        loader=make_loader(config, manifest, accelerator),
+        captions=captions,
+        augment=make_augment(config),
+        objective=objective,
+        wrapped=accelerator.prepare_model(objective),
+        optimizer=optimizer,
+        average=average,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """The dual encoder that a configuration describes."""
+    return DualEncoder(
+        DualEncoderConfig(
+            image=Tower(config.image.name, dict(config.image.options)),
+            text=Tower(config.text.name, dict(config.text.options)),
+            dim=config.dim,
+            image_size=config.image_size,
+            context_length=config.context_length,
+        ),
+        tokenizer,
+    )
+
+
+def make_loader(
+    config: PretrainConfig, manifest: Manifest, accelerator: Accelerator
+) -> ShardLoader:
+    """The training stream: this process's share of every global batch."""
+    return ShardLoader(
+        manifest,
+        batch_size=config.batch_size,
+        image_size=config.augment.decode_size or config.model.image_size,
+        seed=config.seed,
+        lanes=config.lanes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=config.workers,
+    )
+
+
+def make_augment(config: PretrainConfig) -> Augment | None:
+    """What changes training pictures at random, or None.
+
+    Raises:
+        ConfigError: an unknown option.
+    """
+    if not config.augment.enabled:
+        return None
+    try:
+        return Augment(seed=config.seed, **config.augment.options)
+    except TypeError as error:
+        known = ", ".join(list(signature(Augment).parameters)[1:])
+        raise ConfigError(f"augment.options: {error}; known: {known}") from error
+
+
+def training_pictures(training: Training, batch: Batch) -> torch.Tensor:
+    """The pictures of a step: at the size of its stage, changed at random; on the device."""
+    share = training.step / training.steps
+    size = next(
+        (stage.image_size for stage in training.config.stages if share < stage.until),
+        training.config.model.image_size,
+    )
+    images = batch.images.to(training.accelerator.device)
+    if training.augment is not None:
+        return training.augment(images, batch.ids, batch.epochs, size=size)
+    return images if images.shape[-1] == size else resize(images, size)
