@@ -157,7 +157,7 @@ class _Walk:
         while offset < self.end:
             block = self._read(offset, _BLOCK)
             if block == _ZEROS[: len(block)]:
-                closed = closed or lost_from < 0
+                closed = True
                 offset += _BLOCK
                 continue
             try:
