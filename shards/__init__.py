@@ -10,6 +10,7 @@
 | `read` | `ShardReader`: the bytes of a sample |
 | `decode` | bytes into pixels, captions and fields, within limits |
 | `damage` | bad samples: reasons, counts, lists |
+| `batch` | `Batch`: decoded samples that are used together |
 | `loader` | `ShardLoader` for training, `iterate` for one pass in order |
 | `prefetch`, `atomic` | threads that work ahead; files that are whole or absent |
 | `demo` | the built-in data set |

@@ -1,110 +1,22 @@
 """Batches: an endless, resumable stream for training, and one pass in order for everything else."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, UInt8
-from numpy import ndarray
-from torch import Tensor
 
-from shards.damage import BadSample, DamageTally, Problem, Reason
-from shards.decode import (
-    Limits,
-    decode_caption,
-    decode_fields,
-    decode_image,
-    fit_square,
-    resize,
-)
-from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
+from shards.batch import Augment, Batch, Decoder, Draft, Picture
+from shards.damage import DamageTally, Problem
+from shards.decode import Limits
+from shards.manifest import Manifest
 from shards.order import Order
 from shards.prefetch import ordered_map
-from shards.read import ShardReader
-
-Augment = Callable[
-    [UInt8[Tensor, "b c h w"], Int64[Tensor, " b"], Int64[Tensor, " b"]],
-    UInt8[Tensor, "b c s s"] | Float[Tensor, "b c s s"],
-]
-"""`augment(images, ids, epochs)`; what it draws must come from a seed, `ids` and `epochs` alone."""
 
 # Far more than bad luck needs: at half of all samples bad, one place in 10^19 is left empty.
 _SUBSTITUTE_ATTEMPTS = 64
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples that are used together.
-
-    Attributes:
-        images: Pictures; uint8 unless an augmentation made them something else.
-        captions: One per picture.
-        ids: Sample ids, that is, rows of the manifest.
-        keys: The samples' names.
-        fields: The JSON member of each sample; empty where there is none.
-        epochs: The epoch each sample belongs to.
-        consumed: Where the stream stands after this batch, in samples over all ranks.
-    """
-
-    images: UInt8[Tensor, "b c s s"] | Float[Tensor, "b c s s"]
-    captions: list[str]
-    ids: Int64[Tensor, " b"]
-    keys: list[str]
-    fields: list[dict[str, Any]]
-    epochs: Int64[Tensor, " b"]
-    consumed: int
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """How pictures leave the loader.
-
-    Attributes:
-        size: Side of the square that comes out, in pixels.
-        channels: 3: RGB, transparent pictures on white; 4: RGB and alpha.
-        stack_size: Side of the stack an augmentation is given; `size` unless stated.
-        augment: Makes the pictures that come out of that stack; without it they are resized.
-        limits: What a sample may ask for.
-    """
-
-    size: int
-    channels: int = 3
-    stack_size: int | None = None
-    augment: Augment | None = None
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or (self.stack_size is not None and self.stack_size < 1):
-            raise ValueError(
-                f"image_size={self.size}, decode_size={self.stack_size}: at least 1 pixel"
-            )
-        if self.channels not in (3, 4):
-            raise ValueError(f"channels is {self.channels}; choose 3 (RGB) or 4 (RGB and alpha)")
-
-    def finish(
-        self,
-        stack: UInt8[Tensor, "b c h h"],
-        ids: Int64[Tensor, " b"],
-        epochs: Int64[Tensor, " b"],
-    ) -> Tensor:
-        """The pictures that come out, made of a stack of decoded ones."""
-        if self.augment is not None:
-            images = self.augment(stack, ids, epochs)
-            if images.shape[-2:] != (self.size, self.size) or len(images) != len(stack):
-                raise ValueError(
-                    f"augment returned {tuple(images.shape)}; image_size={self.size} asks for "
-                    f"({len(stack)}, channels, {self.size}, {self.size})"
-                )
-            return images
-        return stack if stack.shape[-1] == self.size else resize(stack, self.size)
 
 
 class ShardLoader:
@@ -180,7 +92,7 @@ class ShardLoader:
         self.consumed = 0
         self._rank, self._world_size, self._workers = rank, world_size, workers
         picture = Picture(image_size, channels, decode_size, augment, limits or Limits())
-        self._decoder = _Decoder(self.manifest, picture)
+        self._decoder = Decoder(self.manifest, picture)
         self._tally = DamageTally(
             total=len(self.manifest), max_fraction=max_bad_fraction, strict=strict
         )
@@ -267,7 +179,7 @@ class ShardLoader:
         positions = np.arange(consumed, after, dtype=np.int64)
         positions = positions[positions % self._world_size == self._rank]
         epochs = self.order.epochs(positions)
-        draft = _Draft(self.order.ids(positions), self._decoder)
+        draft = Draft(self.order.ids(positions), self._decoder)
         first_problems = draft.problems
         for attempt in range(_SUBSTITUTE_ATTEMPTS):
             bad = draft.bad_slots
@@ -323,17 +235,17 @@ def iterate(
         )
     if not 0 <= start <= stop <= len(manifest):
         raise ValueError(f"samples {start} ... {stop} do not lie in 0 ... {len(manifest)}")
-    decoder = _Decoder(manifest, Picture(image_size, channels, limits=limits or Limits()))
+    decoder = Decoder(manifest, Picture(image_size, channels, limits=limits or Limits()))
     tally = tally if tally is not None else DamageTally(total=len(manifest))
     return _pass(decoder, range(start, stop, batch_size), stop, workers, tally)
 
 
 def _pass(
-    decoder: "_Decoder", starts: range, stop: int, workers: int, tally: DamageTally
+    decoder: "Decoder", starts: range, stop: int, workers: int, tally: DamageTally
 ) -> Iterator[Batch]:
     def build(start: int) -> tuple[Batch | None, list[Problem]]:
         after = min(start + starts.step, stop)
-        draft = _Draft(np.arange(start, after, dtype=np.int64), decoder)
+        draft = Draft(np.arange(start, after, dtype=np.int64), decoder)
         slots = np.flatnonzero(~draft.is_bad)
         if not len(slots):
             return None, draft.problems
@@ -348,93 +260,3 @@ def _pass(
     finally:
         stream.close()
         decoder.reader.close()
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One decoded sample; the picture is `[height, width, channels]`."""
-
-    image: UInt8[ndarray, "h w c"]
-    caption: str
-    fields: dict[str, Any]
-
-
-class _Decoder:
-    """Sample ids in, decoded samples out."""
-
-    def __init__(self, manifest: Manifest, picture: Picture) -> None:
-        self.manifest = manifest
-        self.picture = picture
-        self.reader = ShardReader(manifest, max_bytes=picture.limits.image_bytes)
-
-    def sample(self, sample: int) -> _Sample:
-        """Reads and decodes one sample, or raises BadSample."""
-        choice = int(self.manifest.image_choice[sample])
-        if choice < 0:
-            raise BadSample(Reason.NO_IMAGE, "none of its members is a picture")
-        name = self.manifest.image_fields[choice]
-        members = self.reader.read(sample, (name, CAPTION_FIELD, JSON_FIELD))
-        if CAPTION_FIELD not in members:
-            raise BadSample(Reason.NO_CAPTION, f"it has no .{CAPTION_FIELD} member")
-        limits = self.picture.limits
-        caption = decode_caption(members[CAPTION_FIELD], limits=limits)
-        json_bytes = members.get(JSON_FIELD)
-        fields = decode_fields(json_bytes, limits=limits) if json_bytes is not None else {}
-        image = decode_image(members[name], channels=self.picture.channels, limits=limits)
-        size = self.picture.stack_size or self.picture.size
-        return _Sample(fit_square(image, size), caption, fields)
-
-
-class _Draft:
-    """A batch in the making: decoded samples, with gaps where they are bad."""
-
-    def __init__(self, ids: Int64[ndarray, " n"], decoder: _Decoder) -> None:
-        self.ids = ids.copy()
-        self.decoder = decoder
-        self.samples: list[_Sample | None] = [None] * len(ids)
-        found = self._fill(np.arange(len(ids)))
-        self.problems = [found[slot] for slot in sorted(found)]
-
-    @property
-    def is_bad(self) -> ndarray:
-        """Which slots have no sample (bool)."""
-        return np.array([sample is None for sample in self.samples], bool)
-
-    @property
-    def bad_slots(self) -> ndarray:
-        """The slots that have no sample."""
-        return np.flatnonzero(self.is_bad)
-
-    def redraw(self, slots: ndarray, ids: Int64[ndarray, " n"]) -> None:
-        """Puts other samples into some slots; if those are bad too, the slots stay empty."""
-        self.ids[slots] = ids
-        self._fill(slots)
-
-    def batch(self, slots: ndarray, epochs: Int64[ndarray, " n"], consumed: int) -> Batch:
-        """The batch of the samples in some slots, none of which is bad."""
-        samples = [sample for slot in slots if (sample := self.samples[slot]) is not None]
-        assert len(samples) == len(slots)
-        stack = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        stack = stack.permute(0, 3, 1, 2).contiguous()
-        ids, epoch = torch.from_numpy(self.ids[slots]), torch.from_numpy(epochs[slots])
-        return Batch(
-            images=self.decoder.picture.finish(stack, ids, epoch),
-            captions=[sample.caption for sample in samples],
-            ids=ids,
-            keys=self.decoder.manifest.keys.take(self.ids[slots]).to_pylist(),
-            fields=[sample.fields for sample in samples],
-            epochs=epoch,
-            consumed=consumed,
-        )
-
-    def _fill(self, slots: ndarray) -> dict[int, Problem]:
-        """Decodes the samples of some slots, in the order in which they lie on disk."""
-        found: dict[int, Problem] = {}
-        for slot in slots[np.argsort(self.ids[slots], kind="stable")].tolist():
-            sample = int(self.ids[slot])
-            try:
-                self.samples[slot] = self.decoder.sample(sample)
-            except BadSample as bad:
-                problem = self.decoder.manifest.problem(sample, bad.reason, bad.detail)
-                found[slot] = problem
-        return found
