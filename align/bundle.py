@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from align.checkpoint import whole_folder
 from align.encoders import HuggingFaceTextEncoder, TimmImageEncoder
+from align.folders import whole_folder
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.tokenizer import Tokenizer
 

@@ -1,10 +1,6 @@
-"""Folders that are written whole or not at all, and the state of training inside them."""
+"""The state of training on disk: whole checkpoints, and how to go on from one."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_UNFINISHED = ".writing"
-
-
-@contextmanager
-def whole_folder(target: Path | str) -> Iterator[Path]:
-    """Write a folder beside its target, flush it to disk, then put it in place by renaming.
-
-    Whatever happens in between (an exception, a full disk, kill -9), the target is either what it
-    was before or the new whole; an unfinished folder ends in `.writing` and is removed by the next
-    call for the same target.
-    """
-    target = Path(target)
-    beside = target.with_name(target.name + _UNFINISHED)
-    previous = target.with_name(target.name + ".previous")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    for path in [*beside.rglob("*"), beside]:
-        _flush(path)
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        target.rename(previous)
-    beside.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from align.folders import UNFINISHED, whole_folder
 
 
 def save_state(
@@ -113,7 +73,7 @@ def load_state(
 def checkpoints(folder: Path | str) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
     found = Path(folder).glob("checkpoints/step_*/progress.json")
-    return sorted(path.parent for path in found if not path.parent.name.endswith(_UNFINISHED))
+    return sorted(path.parent for path in found if not path.parent.name.endswith(UNFINISHED))
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

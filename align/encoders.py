@@ -163,6 +163,10 @@ class HuggingFaceTextEncoder(nn.Module):
         self.width: int = config.hidden_size
         self.vocabulary_size: int = config.vocab_size
         self.max_length: int = getattr(config, "max_position_embeddings", 1 << 30)
+        embeddings = getattr(self.transformer, "embeddings", None)
+        padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        if padding is not None:  # RoBERTa and its kin count positions from the padding id on
+            self.max_length -= padding + 1
         self.pool = POOLERS[pooler]
 
     def forward(

@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 from pyarrow import parquet
 
+from align.folders import whole_folder
 from eval.intervals import bootstrap_mean
 from eval.results import Figure
 from eval.table import EmbeddingTable, file_sha256
@@ -159,10 +160,6 @@ def build_index(
     asked = "text" if "text" in table.card.modalities else "image"
     rows = _draw(generator, table.rows, recall_queries)
     recall = index_recall(index, table, modality=modality, asked=asked, rows=rows)
-    from align.checkpoint import (
-        whole_folder,  # late: it brings torch, which nothing else here needs
-    )
-
     with whole_folder(out) as folder:
         faiss.write_index(index, str(folder / "index.faiss"))
         _write_metadata(table, folder / "metadata.parquet")

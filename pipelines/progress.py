@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ class StopOnSignal:
         self.asked = True
         signal.signal(number, self._previous[number])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopOnSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._ask)
         return self
@@ -71,7 +71,7 @@ class TrainingLog:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingLog":
         return self
 
     def __exit__(self, *_: object) -> None:

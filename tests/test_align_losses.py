@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from align.losses import InfoNCE
-from ranks import run_ranks
 
 
 def slow_info_nce(image, text, labels, *, scale: float, smoothing: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from align.checkpoint import whole_folder
+from align.folders import whole_folder
 from align.fusion import fusion_head
 from align.fusion.head import FusionHead
 
