@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from align.encoders import HuggingFaceTextEncoder, TimmImageEncoder
-from align.folders import whole_folder
+from align.folders import damage, whole_folder
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.tokenizer import Tokenizer
 
@@ -72,16 +72,15 @@ def load(path: Path | str) -> DualEncoder:
     try:
         description = json.loads((folder / "config.json").read_text())
         if description["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has bundle format {description['format']}; this version reads {FORMAT}"
-            )
+            raise ValueError(f"format {description['format']}; this version reads {FORMAT}")
         config = DualEncoderConfig.from_dict(description["model"])
         tokenizer = Tokenizer.load(folder / "tokenizer", context_length=config.context_length)
         model = DualEncoder(config, tokenizer)
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} is a damaged bundle: {first}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is a damaged bundle: its config.json lacks {error}") from error
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is a damaged bundle: {damage(error)}") from error
     return model.eval()
 
 
@@ -101,11 +100,7 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
     """The configuration with everything resolved that otherwise a hub or a library would supply."""
     config = model.config
     if isinstance(model.image, TimmImageEncoder):
-        statistics = {
-            key: [round(float(value) / 255, 6) for value in buffer.flatten()]
-            for key, buffer in (("mean", model.image.pixel_mean), ("std", model.image.pixel_std))
-        }
-        options = {**config.image.options, **statistics, "pretrained": False}
+        options = {**config.image.options, **model.image.statistics, "pretrained": False}
         config = replace(config, image=Tower(config.image.name, options))
     if isinstance(model.text, HuggingFaceTextEncoder):
         text = model.text.transformer.config
@@ -118,11 +113,10 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
             "_name_or_path",
         ):
             fields.pop(key, None)
-        pooler = {
-            key: config.text.options[key] for key in ("pooler",) if key in config.text.options
-        }
+        kept = {"pooler", "attention"} & set(config.text.options)
+        own = {key: config.text.options[key] for key in sorted(kept)}
         config = replace(
-            config, text=Tower(f"hf:{text.model_type}", {**fields, **pooler, "pretrained": False})
+            config, text=Tower(f"hf:{text.model_type}", {**fields, **own, "pretrained": False})
         )
     return config
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.folders import UNFINISHED, whole_folder
+from align.folders import damage, whole_folder
 
 
 def save_state(
@@ -36,6 +37,7 @@ def save_state(
         save_file(_optimizer_tensors(module, optimizer), beside / "optimizer.safetensors")
         if average is not None:
             save_file(_contiguous(average.state_dict()), beside / "average.safetensors")
+        (beside / "optimizer.json").write_text(json.dumps(_optimizer_numbers(optimizer)) + "\n")
         (beside / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
 
 
@@ -52,28 +54,30 @@ def load_state(
         ValueError: the folder is no whole checkpoint, or one of another model.
     """
     folder = Path(folder)
+    names = dict(module.named_parameters())
     try:
         module.load_state_dict(load_file(folder / "objective.safetensors"))
         if average is not None:
             average.load_state_dict(load_file(folder / "average.safetensors"))
         tensors = load_file(folder / "optimizer.safetensors")
+        numbers = json.loads((folder / "optimizer.json").read_text())
         progress = json.loads((folder / "progress.json").read_text())
-    except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder} is no checkpoint of this model: {first}") from error
-    names = dict(module.named_parameters())
-    for key, tensor in tensors.items():
-        slot, name = key.split("/", 1)
-        parameter = names[name]
-        moved = tensor if slot == "step" else tensor.to(parameter.device)
-        optimizer.state[parameter][slot] = moved
+        for key, tensor in tensors.items():
+            slot, name = key.split("/", 1)
+            parameter = names[name]
+            moved = tensor if slot == "step" else tensor.to(parameter.device)
+            optimizer.state[parameter][slot] = moved
+        for group, values in zip(optimizer.param_groups, numbers, strict=True):
+            group.update(values)
+    except (KeyError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is no checkpoint of this model: {damage(error)}") from error
     return progress
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
     found = Path(folder).glob("checkpoints/step_*/progress.json")
-    return sorted(path.parent for path in found if not path.parent.name.endswith(UNFINISHED))
+    return sorted(path.parent for path in found if path.parent.suffix == "")
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -83,6 +87,18 @@ def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
         if parameter in optimizer.state
         for slot, value in optimizer.state[parameter].items()
     }
+
+
+def _optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers of each group: some optimisers, such as LAMB, count their steps there."""
+    return [
+        {
+            name: value
+            for name, value in group.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

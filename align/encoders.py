@@ -73,9 +73,12 @@ class TimmImageEncoder(nn.Module):
             raise ValueError(f"timm:{name} does not take these options: {error}") from error
         self.backbone: Any = backbone
         self.width: int = self.backbone.num_features
-        statistics = self.backbone.default_cfg
-        for key, given in {"mean": mean, "std": std}.items():
-            values = tuple(statistics[key] if given is None else given)
+        own = self.backbone.default_cfg
+        self.statistics = {
+            "mean": [float(value) for value in (own["mean"] if mean is None else mean)],
+            "std": [float(value) for value in (own["std"] if std is None else std)],
+        }
+        for key, values in self.statistics.items():
             buffer = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
             self.register_buffer(f"pixel_{key}", buffer, persistent=False)
 
@@ -140,6 +143,7 @@ class HuggingFaceTextEncoder(nn.Module):
         name: an architecture to build from scratch (`bert`), or a hub id or local folder.
         pretrained: load the published weights; needs a hub id or folder.
         pooler: `mean`, `max`, `cls` (first token) or `last` (last real token).
+        attention: `sdpa` (fused) or `eager`, which is quicker for short texts on a CPU.
         options: fields of the model's configuration (`hidden_size`, `num_hidden_layers`, ...).
 
     Raises:
@@ -147,16 +151,26 @@ class HuggingFaceTextEncoder(nn.Module):
     """
 
     def __init__(
-        self, name: str, *, pretrained: bool = False, pooler: str = "mean", **options: Any
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        pooler: str = "mean",
+        attention: str = "sdpa",
+        **options: Any,
     ) -> None:
         super().__init__()
         if pooler not in POOLERS:
             raise ValueError(f"unknown pooler {pooler!r}; known: {', '.join(POOLERS)}")
+        if attention not in ATTENTION:
+            raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION)}")
         config = _text_config(name, pretrained=pretrained, options=options)
         if pretrained:
-            self.transformer = AutoModel.from_pretrained(name, config=config)
+            self.transformer = AutoModel.from_pretrained(
+                name, config=config, attn_implementation=attention
+            )
         else:
-            self.transformer = AutoModel.from_config(config)
+            self.transformer = AutoModel.from_config(config, attn_implementation=attention)
         if getattr(self.transformer, "pooler", None) is not None:
             # The architecture's own pooling layer would never receive a gradient: ours replaces it.
             self.transformer.pooler = None
@@ -231,6 +245,7 @@ def build_tower(spec: str, libraries: Mapping[str, Callable[..., Any]], **option
     return libraries[library](name, **options)
 
 
+ATTENTION = ("sdpa", "eager")
 POOLERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean_pool,
     "max": _max_pool,

@@ -16,26 +16,44 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
 
     Whatever happens in between (an exception, a full disk, kill -9), the target is either what it
     was before or the new whole; an unfinished folder ends in `.writing` and is removed by the next
-    call for the same target.
+    call for the same target. A kill in the instant between the two renames of a replacement leaves
+    the old folder under the name `.previous`; the next call puts it back first.
     """
     target = Path(target)
     beside = target.with_name(target.name + UNFINISHED)
     previous = target.with_name(target.name + ".previous")
+    _put_back(previous, target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
+        for path in [*beside.rglob("*"), beside]:
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
+        beside.rename(target)
     except BaseException:
+        _put_back(previous, target)
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    for path in [*beside.rglob("*"), beside]:
-        _flush(path)
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        target.rename(previous)
-    beside.rename(target)
     _flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _put_back(previous: Path, target: Path) -> None:
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a folder, in one line, out of an error met while reading it.
+
+    The first line of a mismatch of weights says only that there is one; the second says which.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return (said or repr(error))[:300]
 
 
 def _flush(path: Path) -> None:

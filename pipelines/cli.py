@@ -4,7 +4,6 @@ This module and all it imports stay free of torch, so that help and mistakes com
 Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130 interrupted.
 """
 
-import os
 import re
 import sys
 import traceback
@@ -70,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
-    # Two OpenMP threads that spin while another thread decodes pictures slow each other down by
-    # an order of magnitude; this must be known before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(_dispatch(given))
     except (Exception, KeyboardInterrupt) as error:
