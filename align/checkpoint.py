@@ -64,6 +64,9 @@ def load_state(
         progress = json.loads((folder / "progress.json").read_text())
         for key, tensor in tensors.items():
             slot, name = key.split("/", 1)
+            if slot.startswith(_GROUP):
+                optimizer.param_groups[int(slot.removeprefix(_GROUP))][name] = tensor
+                continue
             parameter = names[name]
             moved = tensor if slot == "step" else tensor.to(parameter.device)
             optimizer.state[parameter][slot] = moved
@@ -86,11 +89,20 @@ def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
         for name, parameter in module.named_parameters()
         if parameter in optimizer.state
         for slot, value in optimizer.state[parameter].items()
+    } | {
+        f"{_GROUP}{number}/{name}": value
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, Tensor)
     }
 
 
+_GROUP = "group_"
+"""Some optimisers count their steps in the group: LAMB in a tensor, Adan in a number."""
+
+
 def _optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """The numbers of each group: some optimisers, such as LAMB, count their steps there."""
+    """The numbers of each group, such as a count of steps."""
     return [
         {
             name: value

@@ -15,6 +15,8 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from align.folders import damage
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -73,8 +75,9 @@ class Tokenizer:
         try:
             backend = AutoTokenizer.from_pretrained(str(name), use_fast=True)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"no tokenizer could be read from {str(name)!r}: {first}") from error
+            raise ValueError(
+                f"no tokenizer could be read from {str(name)!r}: {damage(error)}"
+            ) from error
         return cls(backend, context_length=context_length)
 
     @classmethod
