@@ -67,7 +67,7 @@ class Augment:
         erase: float = 0.25,
     ) -> None:
         self.seed = seed
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"augment: scale={tuple(scale)} must be two numbers, 0 < low <= high")
         self.scale = (float(scale[0]), float(scale[1]))
         self.strengths = {
@@ -104,7 +104,7 @@ class Augment:
         ink = 1 - images.float() / 255
         ink = self._move(ink, draw, size)
         if self.strengths["gamma"]:
-            ink = ink.clamp(1e-4, 1) ** _per_image(draw.log_uniform(self.strengths["gamma"]))
+            ink = ink.clamp(0, 1) ** _per_image(draw.log_uniform(self.strengths["gamma"]))
         ink = self._recolour(ink, draw)
         ink = self._sharpen(ink, draw)
         ink = self._posterize(ink, draw).clamp(0, 1)
@@ -120,12 +120,12 @@ class Augment:
         low, high = (math.log(bound) for bound in self.scale)
         magnify = torch.exp(draw.uniform(low, high))
         stretch = draw.log_uniform(strength["aspect"])
-        angle = draw.uniform(-1, 1) * math.radians(strength["rotate"])
-        shear = draw.uniform(-1, 1) * strength["shear"]
+        angle = draw.uniform(-1.0, 1.0) * math.radians(strength["rotate"])
+        shear = draw.uniform(-1.0, 1.0) * strength["shear"]
         mirror = 1 - 2 * draw.chance(self.chances["flip"])
         across, down = mirror / (magnify * stretch), stretch / magnify
         cos, sin = torch.cos(angle), torch.sin(angle)
-        shift = [draw.uniform(-1, 1) * strength["shift"] / magnify for _ in range(2)]
+        shift = [draw.uniform(-1.0, 1.0) * strength["shift"] / magnify for _ in range(2)]
         affine = torch.stack(
             [
                 torch.stack([across * cos, across * (shear * cos - sin), shift[0]], dim=1),
@@ -143,7 +143,7 @@ class Augment:
 
     def _recolour(self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
         """One matrix on the three channels: gains x saturation x rotation about the gray axis."""
-        turn = self.strengths["hue"] * 2 * math.pi * draw.uniform(-1, 1)
+        turn = self.strengths["hue"] * 2 * math.pi * draw.uniform(-1.0, 1.0)
         saturation = draw.log_uniform(self.strengths["saturation"])
         saturation = saturation * (1 - draw.chance(self.chances["gray"]))
         gains = torch.stack([draw.log_uniform(self.strengths["gain"]) for _ in range(3)], dim=1)
@@ -160,14 +160,14 @@ class Augment:
 
     def _sharpen(self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
         """X + a (x - blurred x): a > 0 sharpens, a < 0 blurs."""
-        weight = draw.uniform(-1, 1) * self.strengths["sharpen"]
+        weight = draw.uniform(-1.0, 1.0) * self.strengths["sharpen"]
         if not self.strengths["sharpen"]:
             return ink
         blurred = F.avg_pool2d(ink, 3, 1, 1, count_include_pad=False)
         return ink + _per_image(weight) * (ink - blurred)
 
     def _posterize(self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
-        levels = _per_image(torch.floor(draw.uniform(2, 8)))
+        levels = _per_image(torch.floor(draw.uniform(2.0, 8.0)))
         chosen = _per_image(draw.chance(self.chances["posterize"])) > 0
         return torch.where(chosen, torch.round(ink * levels) / levels, ink)
 
@@ -175,7 +175,7 @@ class Augment:
         self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws"
     ) -> Float[Tensor, "b 3 s s"]:
         """A random colour, fading out where there is ink."""
-        colour = torch.stack([draw.uniform(0, 1) for _ in range(3)], dim=1)[:, :, None, None]
+        colour = torch.stack([draw.uniform(0.0, 1.0) for _ in range(3)], dim=1)[:, :, None, None]
         chosen = _per_image(draw.chance(self.chances["page"]))
         empty = (1 - 6 * ink.amax(dim=1, keepdim=True)).clamp(0, 1)
         return ink + chosen * empty * colour * (1 - ink)
@@ -186,7 +186,7 @@ class Augment:
         place = (torch.arange(size, device=ink.device) + 0.5) / size
         inside = []
         for _ in range(2):
-            length, centre = draw.uniform(0.15, 0.45), draw.uniform(0, 1)
+            length, centre = draw.uniform(0.15, 0.45), draw.uniform(0.0, 1.0)
             inside.append((place[None] - centre[:, None]).abs() < length[:, None] / 2)
         chosen = _per_image(draw.chance(self.chances["erase"])) > 0
         hole = inside[0][:, None, None, :] & inside[1][:, None, :, None] & chosen
@@ -225,4 +225,4 @@ class _Draws:
 
     def chance(self, probability: float) -> Float[Tensor, " b"]:
         """One with this probability, else zero."""
-        return (self.uniform(0, 1) < probability).float()
+        return (self.uniform(0.0, 1.0) < probability).float()
