@@ -85,6 +85,8 @@ def load(path: Path | str) -> DualEncoder:
 
 
 def _from_hub(name: str) -> Path:
+    if "/" not in name:  # not asked for by an id: no network
+        raise ValueError(f"there is no bundle {name}: no such folder, and no hub id (OWNER/NAME)")
     try:
         return Path(huggingface_hub.snapshot_download(name))
     except HFValidationError as error:

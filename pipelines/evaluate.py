@@ -39,7 +39,10 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
     started = time.perf_counter()
     embedded: dict[str, EmbeddedPairs] = {}
     evaluations: dict[str, Evaluation] = {}
-    for title, task in config.tasks.items():
+    tasks = config.tasks
+    if not tasks and config.data is not None:
+        tasks = {"retrieval": TaskConfig(task="retrieval", data=config.data)}
+    for title, task in tasks.items():
         place = f"{task.data} {sorted(task.where.items())}"
         if place not in embedded:
             manifest = Manifest.open(task.data)

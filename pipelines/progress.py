@@ -99,7 +99,11 @@ class TrainingLog:
             return
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
-        shown = {key: f"{value:.4g}" for key, value in line.items() if key in _SHOWN}
+        shown = {
+            key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            for key, value in line.items()
+            if key in _SHOWN
+        }
         if self._bar.disable:
             self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
         else:

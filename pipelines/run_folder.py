@@ -27,18 +27,24 @@ def locked(folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: another run holds the folder.
     """
+    lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder}: is a file; choose another folder for the run") from error
-    with (folder / ".lock").open("a") as handle:
+    with lock.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{folder}: another run is at work here; wait for it, or choose another folder"
             ) from error
-        yield folder
+        try:
+            yield folder
+        finally:
+            if [path.name for path in folder.iterdir()] == [lock.name]:  # nothing came of it
+                lock.unlink()
+                folder.rmdir()
 
 
 def record(folder: Path, config: Config, **facts: Any) -> None:

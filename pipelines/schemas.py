@@ -291,14 +291,27 @@ class TaskConfig(Config):
 class EvaluateConfig(Config):
     """A model on zero-shot classification and retrieval, with 95 % intervals."""
 
-    positional: ClassVar[tuple[str, ...]] = ("model",)
+    positional: ClassVar[tuple[str, ...]] = ("model", "data")
 
     model: str = Field(description="A bundle: folder or hub id.")
-    tasks: dict[str, TaskConfig] = Field(description="Evaluations by title.", min_length=1)
+    data: Path | None = Field(
+        default=None, description="Shards for a plain retrieval task, where no tasks are given."
+    )
+    tasks: dict[str, TaskConfig] = Field(
+        default_factory=dict,
+        description="Evaluations by title: {title: {task: retrieval or zero_shot, data, where,\n"
+        "label, templates}}.",
+    )
     out: Path | None = Field(
         default=None, description="Folder for results.json; null = print only."
     )
     batch_size: PositiveInt = Field(default=256, description="Pictures at a time.")
+
+    @model_validator(mode="after")
+    def _something(self) -> "EvaluateConfig":
+        if not self.tasks and self.data is None:
+            raise ValueError("give data, as in: align evaluate BUNDLE SHARDS; or tasks")
+        return self
 
 
 class HeadConfig(Config):

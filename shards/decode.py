@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -82,6 +82,8 @@ def decode_image(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(Reason.TOO_MANY_PIXELS, str(error)) from None
+    except UnidentifiedImageError:  # its message holds an address, which differs from run to run
+        raise BadSample(Reason.UNDECODABLE, "not a picture of a known format") from None
     except Exception as error:  # whatever a decoder throws at damaged bytes means one bad sample
         raise BadSample(Reason.UNDECODABLE, f"{type(error).__name__}: {error}"[:200]) from None
 
