@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined, to_jsonable_python
 
 
 class Config(BaseModel):
@@ -34,22 +34,35 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string and `no` as False; this reads numbers as YAML 1.2 does."""
+    """YAML 1.1 reads `1e-3` as text, `no` as False, `010` as 8, `12:30` as 750; YAML 1.2 does not.
+
+    Dates stay text too.
+    """
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that either version of YAML would read as something else."""
+
+
+_SCALARS = {
+    "bool": ("tTfF", r"^(true|True|TRUE|false|False|FALSE)$"),
+    "int": ("-+0123456789", r"^[-+]?\d+$"),
+    "float": (
+        "-+0123456789.",
+        r"^([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+    ),
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\.\d+|\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+for _name, (_first, _pattern) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
+        )
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
 )
 
 
@@ -68,7 +81,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}:" if where else ""
-        raise ConfigError(f"{path}:{line} {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"{path}:{line} {problem}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold keys and values, found {type(values).__name__}")
     return values
@@ -147,9 +161,8 @@ def _inner_schema(annotation: Any) -> type[BaseModel] | None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that is valid input again."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
-    )
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def commented_default(schema: type[Config]) -> str:
@@ -174,11 +187,11 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "  # required"
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, tuple):
-        value = list(value)
-    dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    dumped = yaml.dump(
+        to_jsonable_python(value),
+        Dumper=_Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=10_000,
+    )
     return dumped.removesuffix("\n").removesuffix("\n...")
