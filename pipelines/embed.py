@@ -75,15 +75,17 @@ def embed_pairs(
     *,
     where: Mapping[str, Any] | None = None,
     batch_size: int = 256,
+    image_size: int | None = None,
 ) -> EmbeddedPairs:
-    """Embed the wanted pairs of a data set in memory.
+    """Embed the wanted pairs of a data set in memory, at the model's own picture size or another.
 
     Raises:
         ConfigError: nothing is left of the data by `where`.
     """
     manifest = data if isinstance(data, Manifest) else Manifest.open(data)
     images, captions, fields, ids, keys = [], [], [], [], []
-    for batch in iterate(manifest, batch_size=batch_size, image_size=model.config.image_size):
+    size = image_size or model.config.image_size
+    for batch in iterate(manifest, batch_size=batch_size, image_size=size):
         rows = select(batch, where or {})
         if not len(rows):
             continue

@@ -107,13 +107,13 @@ def train(training: Training) -> bool:
             last = training.step == training.steps
             asked = _any_rank(accelerator, stop.asked)
             if training.due(config.save_every) or asked or last:
-                save_checkpoint(training)
-                log.paused()
+                with log.pause():
+                    save_checkpoint(training)
             if config.validation.data is not None and (
                 training.due(config.validation.every) or last
             ):
-                log.write({"step": training.step, **validate(training)})
-                log.paused()
+                with log.pause():
+                    log.write({"step": training.step, **validate(training)})
             if asked and not last:
                 log.say(
                     f"stopped at step {training.step} of {training.steps} with a checkpoint in "
@@ -239,7 +239,10 @@ def validate(training: Training) -> dict[str, float]:
     if training.accelerator.is_main_process:
         assert config.validation.data is not None
         embedded = embed_pairs(
-            training.chosen_model, config.validation.data, where=config.validation.where
+            training.chosen_model,
+            config.validation.data,
+            where=config.validation.where,
+            image_size=training.image_size,
         )
         report = retrieval_report(embedded)
         figures = {

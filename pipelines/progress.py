@@ -4,6 +4,8 @@ import json
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,9 +111,12 @@ class TrainingLog:
         else:
             self._bar.set_postfix({k: v for k, v in shown.items() if k != "samples"})
 
-    def paused(self) -> None:
-        """Leave out of the next rate what was not training (saving, validation)."""
-        self._since = time.perf_counter()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out of the next rate what is not training: saving, validation."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -51,6 +51,13 @@ class Training:
         chosen: Any = self.objective if self.average is None else self.average.module
         return chosen.model
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures at this step, by the stage of the run."""
+        share = self.step / self.steps
+        sizes = (stage.image_size for stage in self.config.stages if share < stage.until)
+        return next(sizes, self.config.model.image_size)
+
     def due(self, samples: int) -> bool:
         """Whether a cadence of so many samples falls due with the step just taken."""
         done = self.step * self.config.batch_size
@@ -161,11 +168,7 @@ def make_augment(config: PretrainConfig) -> Augment | None:
 
 def training_pictures(training: Training, batch: Batch) -> torch.Tensor:
     """The pictures of a step: at the size of its stage, changed at random; on the device."""
-    share = training.step / training.steps
-    size = next(
-        (stage.image_size for stage in training.config.stages if share < stage.until),
-        training.config.model.image_size,
-    )
+    size = training.image_size
     images = batch.images.to(training.accelerator.device)
     if training.augment is not None:
         return training.augment(images, batch.ids, batch.epochs, size=size)
