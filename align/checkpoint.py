@@ -68,8 +68,12 @@ def load_state(
                 optimizer.param_groups[int(slot.removeprefix(_GROUP))][name] = tensor
                 continue
             parameter = names[name]
-            moved = tensor if slot == "step" else tensor.to(parameter.device)
-            optimizer.state[parameter][slot] = moved
+            if slot != "step":
+                tensor = tensor.to(parameter.device)
+            if tensor.shape == parameter.shape:
+                # Fused optimisers walk through memory: moments must lie as their parameter does.
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            optimizer.state[parameter][slot] = tensor
         for group, values in zip(optimizer.param_groups, numbers, strict=True):
             group.update(values)
     except (KeyError, OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -5,7 +5,7 @@ that change, found through FAISS among all test pictures but the query's own.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,23 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """The pictures of a data set as features, and where each key stands."""
+    """The pictures of a data set.
 
+    Attributes:
+        embeddings: of all of them, unit length.
+        bank: features of those that are part of queries.
+        rows: where each key stands in `embeddings`.
+        bank_rows: where each key of a query stands in `bank`.
+        ids: stable sample ids.
+        fields: the JSON members.
+    """
+
+    embeddings: torch.Tensor
     bank: FeatureBank
     rows: dict[str, int]
+    bank_rows: dict[str, int]
     ids: np.ndarray
     fields: list[dict[str, Any]]
-
-    def row_of(self, keys: Sequence[str], origin: Path) -> torch.Tensor:
-        """Rows of some keys.
-
-        Raises:
-            ConfigError: a key is not in the data.
-        """
-        for key in keys:
-            if key not in self.rows:
-                raise ConfigError(f"pairs: {origin} names {key!r}, which the data does not hold")
-        return torch.tensor([self.rows[key] for key in keys])
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def compare_heads(model: DualEncoder, config: FuseConfig) -> Comparison:
     with run_folder.locked(config.out):
         run_folder.record(config.out, config)
         searcher = open_matching_index(config)
-        train_set = picture_features(model, config.data)
-        test_set = picture_features(model, config.test_data)
+        train_set = picture_features(model, config.data, set(train_pairs.reference))
+        test_set = picture_features(model, config.test_data, set(test_pairs.reference))
         texts, text_row = text_features(model, [*train_pairs.change, *test_pairs.change])
         train_queries = as_queries(train_pairs, train_set, text_row, config.pairs)
         test_queries = as_queries(test_pairs, test_set, text_row, config.test_pairs)
@@ -156,6 +156,7 @@ def compare_heads(model: DualEncoder, config: FuseConfig) -> Comparison:
                 train_queries,
                 pictures=train_set.bank,
                 texts=texts,
+                candidates=train_set.embeddings,
                 groups=groups,
                 steps=config.steps,
                 batch_size=config.batch_size,
@@ -211,24 +212,34 @@ def open_matching_index(config: FuseConfig) -> Searcher:
 
 
 @torch.no_grad()
-def picture_features(model: DualEncoder, data: Path) -> PictureSet:
-    """Features of all pictures of a data set; tokens in half precision."""
+def picture_features(model: DualEncoder, data: Path, asked: Collection[str]) -> PictureSet:
+    """Embeddings of all pictures of a data set; tokens, in half precision, of those asked with."""
     model.eval()
-    pooled, tokens, mask = [], [], []
+    embeddings, pooled, tokens, mask = [], [], [], []
     keys: list[str] = []
+    bank_keys: list[str] = []
     fields: list[dict[str, Any]] = []
     ids = []
-    for batch in iterate(data, batch_size=256, image_size=model.config.image_size, workers=1):
+    for batch in iterate(data, batch_size=256, image_size=model.config.image_size):
         features = model.image_features(batch.images)
-        pooled.append(model.project_image(features.pooled))
-        tokens.append(features.tokens.half())
-        mask.append(features.mask)
+        embedded = model.project_image(features.pooled)
+        rows = [row for row, key in enumerate(batch.keys) if key in asked]
+        embeddings.append(embedded)
+        pooled.append(embedded[rows])
+        tokens.append(features.tokens[rows].half())
+        mask.append(features.mask[rows])
+        bank_keys += [batch.keys[row] for row in rows]
         keys += batch.keys
         fields += batch.fields
         ids.append(batch.ids.numpy())
-    bank = FeatureBank(torch.cat(pooled), torch.cat(tokens), torch.cat(mask))
-    rows = {key: row for row, key in enumerate(keys)}
-    return PictureSet(bank, rows, np.concatenate(ids), fields)
+    return PictureSet(
+        embeddings=torch.cat(embeddings),
+        bank=FeatureBank(torch.cat(pooled), torch.cat(tokens), torch.cat(mask)),
+        rows={key: row for row, key in enumerate(keys)},
+        bank_rows={key: row for row, key in enumerate(bank_keys)},
+        ids=np.concatenate(ids),
+        fields=fields,
+    )
 
 
 @torch.no_grad()
@@ -244,11 +255,19 @@ def text_features(model: DualEncoder, texts: Sequence[str]) -> tuple[FeatureBank
 def as_queries(
     pairs: Pairs, pictures: PictureSet, text_row: Mapping[str, int], origin: Path
 ) -> ComposedQueries:
-    """Pairs by the rows of their features."""
+    """Pairs by the rows of their features.
+
+    Raises:
+        ConfigError: a pair names a picture that the data does not hold.
+    """
+    for key in (*pairs.reference, *pairs.target):
+        if key not in pictures.rows:
+            raise ConfigError(f"pairs: {origin} names {key!r}, which the data does not hold")
     return ComposedQueries(
-        picture=pictures.row_of(pairs.reference, origin),
+        picture=torch.tensor([pictures.bank_rows[key] for key in pairs.reference]),
         text=torch.tensor([text_row[change] for change in pairs.change]),
-        target=pictures.row_of(pairs.target, origin),
+        reference=torch.tensor([pictures.rows[key] for key in pairs.reference]),
+        target=torch.tensor([pictures.rows[key] for key in pairs.target]),
     )
 
 
@@ -283,7 +302,7 @@ def measure(
     """Composed retrieval for each kind of query, on the same queries."""
     _, base = np.unique(np.array(pairs.base), return_inverse=True)
     targets = [[int(pictures.ids[row])] for row in queries.target]
-    references = [[int(pictures.ids[row])] for row in queries.picture]
+    references = [[int(pictures.ids[row])] for row in queries.reference]
     return {
         name: composed_retrieval(
             vectors.numpy(),

@@ -195,7 +195,10 @@ def test_training_learns_what_the_mean_cannot(name):
     )
     texts = FeatureBank(words, torch.zeros(1, 2, TEXT_WIDTH), torch.ones(1, 2, dtype=torch.bool))
     queries = ComposedQueries(
-        torch.arange(60), torch.zeros(60, dtype=torch.long), torch.arange(60, 120)
+        picture=torch.arange(60),
+        text=torch.zeros(60, dtype=torch.long),
+        reference=torch.arange(60),
+        target=torch.arange(60, 120),
     )
     head = make(name, stirred=False)
     losses = train_head(
@@ -203,6 +206,7 @@ def test_training_learns_what_the_mean_cannot(name):
         queries,
         pictures=bank,
         texts=texts,
+        candidates=bank.pooled,
         groups=torch.zeros(120, dtype=torch.long),
         steps=60,
         batch_size=32,

@@ -37,11 +37,13 @@ class ComposedQueries:
     Attributes:
         picture: row of the query's picture in the bank of pictures.
         text: row of its text in the bank of texts.
-        target: row of the answer in the bank of pictures.
+        reference: row of the query's picture among the candidates.
+        target: row of the answer among the candidates.
     """
 
     picture: Int[Tensor, " queries"]
     text: Int[Tensor, " queries"]
+    reference: Int[Tensor, " queries"]
     target: Int[Tensor, " queries"]
 
     def __len__(self) -> int:
@@ -71,6 +73,7 @@ def train_head(
     *,
     pictures: FeatureBank,
     texts: FeatureBank,
+    candidates: Float[Tensor, "rows dim"],
     groups: Int[Tensor, " rows"],
     steps: int,
     batch_size: int,
@@ -87,9 +90,10 @@ def train_head(
     Args:
         head: trained in place and left in evaluation mode.
         queries: what to learn.
-        pictures: features of all pictures.
-        texts: features of all texts.
-        groups: of each picture (its artist, say): a query searches its own group.
+        pictures: features of the queries' pictures.
+        texts: features of their texts.
+        candidates: embeddings of all pictures that may be found, as a search would have them.
+        groups: of each candidate (its artist, say): a query searches its own group.
         steps: batches.
         batch_size: queries in one, drawn without replacement in each pass.
         learning_rate: at its peak.
@@ -112,14 +116,14 @@ def train_head(
             while len(order) < batch_size:
                 order = torch.cat([order, torch.randperm(len(queries), generator=generator)])
             batch, order = order[:batch_size], order[batch_size:]
-            picture, target = queries.picture[batch], queries.target[batch]
-            fused = head(pictures.rows(picture), texts.rows(queries.text[batch]))
-            allowed = groups[picture][:, None] == groups[None, :]
-            allowed[torch.arange(batch_size), picture] = False
+            reference = queries.reference[batch]
+            fused = head(pictures.rows(queries.picture[batch]), texts.rows(queries.text[batch]))
+            allowed = groups[reference][:, None] == groups[None, :]
+            allowed[torch.arange(batch_size), reference] = False
             loss = composed_loss(
                 fused.embedding,
-                pictures.pooled,
-                target=target,
+                candidates,
+                target=queries.target[batch],
                 allowed=allowed,
                 temperature=temperature,
             )
