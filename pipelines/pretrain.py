@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +41,8 @@ def run(config: PretrainConfig) -> int:
         stack.enter_context(training.loader)
         if config.resume:
             resume(training)
+        if accelerator.is_main_process:
+            run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
         finished = train(training)
         if finished and accelerator.is_main_process:
             save_bundle(training)
@@ -229,11 +232,9 @@ def resume(training: Training) -> None:
         )
     training.step, training.skipped = progress["step"], progress["skipped"]
     training.loader.load_state_dict(progress["loader"])
-    if training.accelerator.is_main_process:
-        run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
 
-def validate(training: Training) -> dict[str, float]:
+def validate(training: Training) -> dict[str, Any]:
     """Recall at 1 both ways on the validation set, by the main process while the others wait."""
     config, figures = training.config, {}
     if training.accelerator.is_main_process:

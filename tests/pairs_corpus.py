@@ -122,7 +122,7 @@ def tiny_model(
     return model.eval()
 
 
-def tiny_pretrain(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def tiny_pretrain(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     """The values of a pretraining run of seconds; `a__b=value` changes `a.b`."""
     values: dict[str, Any] = {
         "data": str(data),

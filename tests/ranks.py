@@ -16,7 +16,8 @@ def _rank(rank: int, function: Callable, world: int, meeting: str, arguments: tu
     try:
         function(rank, world, *arguments)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # Accelerate's end_training takes it down itself
+            dist.destroy_process_group()
 
 
 def run_ranks(function: Callable, world: int, *arguments: object, seconds: float = 120) -> None:

@@ -124,6 +124,8 @@ class Run:
 
     def __init__(self, optimizer: str, *, averaged: bool, seed: int = 0) -> None:
         self.objective = ContrastiveObjective(tiny_model(seed=seed), InfoNCE())
+        # As in training: kernels are laid out otherwise in memory than safetensors keeps them.
+        self.objective.to(memory_format=torch.channels_last)  # pyright: ignore
         options = {"ns_steps": 2} if optimizer == "muon" else {}
         groups = parameter_groups(self.objective, weight_decay=0.1)
         self.optimizer = build_optimizer(optimizer, groups, learning_rate=3e-3, **options)

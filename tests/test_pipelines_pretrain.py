@@ -1,0 +1,522 @@
+"""Training: the same run twice, stopped and gone on with, spread over processes; and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pairs_corpus import TINY_VIT, tiny_pretrain, write_pairs
+from ranks import run_ranks
+
+import align
+from align.checkpoint import checkpoints
+from pipelines import pretrain, run_folder, training
+from pipelines.config import ConfigError, build
+from pipelines.schemas import PretrainConfig
+
+CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "data"
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are compared with: sums over threads differ in their last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(values: dict[str, Any], **changes: Any) -> PretrainConfig:
+    return build(PretrainConfig, {**values, **changes}, origin="test")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert pretrain.run(config(tiny_pretrain(data, out))) == 0
+    return out
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    lines = run_folder.read_metrics(out / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """The parts of the bundle that are not told where it was made."""
+    names = ("model.safetensors", "tokenizer/tokenizer.json")
+    found = {name: (out / "bundle" / name).read_bytes() for name in names}
+    found["model"] = json.dumps(
+        json.loads((out / "bundle" / "config.json").read_text())["model"]
+    ).encode()
+    return found
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what a run leaves ---
+
+
+def test_a_run_leaves_all_it_takes_to_understand_it(straight, data):
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in lines] == [16 * step for step in range(1, STEPS + 1)]
+    assert all(line["finite"] == 1 and line["bad_samples"] == 0 for line in lines)
+    environment = run_folder.read_json(straight / "environment.json")
+    assert environment["data"]["samples"] == 48
+    assert environment["libraries"]["torch"] == torch.__version__.split("+")[0]
+    assert [path.name for path in checkpoints(straight)] == ["step_000000008", "step_000000012"]
+    report = run_folder.read_json(straight / "data_report.json")
+    assert report["data"] == str(data)
+    again = config(yaml.safe_load((straight / "config.yaml").read_text()))
+    assert again == config(tiny_pretrain(data, straight))
+    assert not [path for path in straight.rglob("*") if path.name.endswith((".writing", ".pt"))]
+
+
+def test_the_schedule_is_the_one_asked_for(straight):
+    rates = [line["learning_rate"] for line in metrics(straight)]
+    assert rates[0] == pytest.approx(2e-3)  # a twentieth of twelve steps warms up: one
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_training_learns(data, tmp_path):
+    values = tiny_pretrain(
+        data,
+        tmp_path / "run",
+        samples=48 * 30,
+        batch_size=48,
+        save_every=48 * 30,
+        optimizer__average=0.0,
+        augment__enabled=False,
+        log_every=30,
+        optimizer__learning_rate=5e-3,
+    )
+    assert pretrain.run(config(values)) == 0
+    model = align.load(tmp_path / "run" / "bundle")
+    from pairs_corpus import COLOURS, SHAPES, picture
+
+    names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    images = model.encode_image([picture(*name) for name in names])
+    texts = model.encode_text([" ".join(name) for name in names])
+    right = (images @ texts.T).argmax(dim=1) == torch.arange(48)
+    assert right.float().mean() > 0.5, "chance is one in 48"
+
+
+def test_the_same_configuration_gives_the_same_bundle_to_the_bit(straight, data, tmp_path):
+    assert pretrain.run(config(tiny_pretrain(data, tmp_path / "run", workers=2))) == 0
+    assert weights(tmp_path / "run") == weights(straight)
+    assert metrics(tmp_path / "run") == metrics(straight)
+
+
+def test_another_seed_gives_another_bundle(straight, data, tmp_path):
+    assert pretrain.run(config(tiny_pretrain(data, tmp_path / "run", seed=1))) == 0
+    assert weights(tmp_path / "run")["model.safetensors"] != weights(straight)["model.safetensors"]
+
+
+def test_the_averaged_weights_are_what_is_saved(straight):
+    from safetensors.torch import load_file
+
+    last = checkpoints(straight)[-1]
+    average = load_file(last / "average.safetensors")
+    trained = load_file(last / "objective.safetensors")
+    bundle = load_file(straight / "bundle" / "model.safetensors")
+    for name, value in bundle.items():
+        assert torch.equal(value, average[f"module.model.{name}"])
+    assert not torch.equal(
+        trained["model.image_projection.weight"], bundle["image_projection.weight"]
+    )
+
+
+# --- stopped and gone on with ---
+
+_STOPPED = """
+import signal, sys, time
+from pipelines import pretrain
+{patch}
+from pipelines.cli import main
+main(["pretrain", sys.argv[1]])
+"""
+_WAIT_IN_STEP = """
+original = pretrain.step
+def step(training, batch):
+    measured = original(training, batch)
+    for _ in range(600):  # at step 5, until the signal came; the loop itself is the product's
+        if training.step != 5 or signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            break
+        time.sleep(0.05)
+    return measured
+pretrain.step = step
+"""
+_WAIT_IN_SAVE = """
+import align.checkpoint
+original, count = align.checkpoint.save_file, []
+def save_file(tensors, path):
+    original(tensors, path)
+    count.append(path)
+    if len(count) == 5:  # the second file of the second checkpoint
+        time.sleep(60)
+align.checkpoint.save_file = save_file
+"""
+
+
+def stopped(data: Path, folder: Path, patch: str, *, number: int, lines: int) -> tuple[int, str]:
+    """Train in a process of its own, and send it a signal once so many lines are logged."""
+    values = tiny_pretrain(data, folder / "run")
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-c", _STOPPED.format(patch=patch), str(folder / "run.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            until = time.monotonic() + 100
+            while len(run_folder.read_metrics(folder / "run" / "metrics.jsonl")) < lines:
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            if number == signal.SIGKILL:
+                unfinished = folder / "run" / "checkpoints" / "step_000000008.writing"
+                while not (unfinished / "optimizer.safetensors").exists():
+                    assert time.monotonic() < until
+                    time.sleep(0.05)
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return process.returncode, said
+
+
+def go_on(data: Path, out: Path, **changes: Any) -> None:
+    assert pretrain.run(config(tiny_pretrain(data, out, resume=True, **changes))) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
+    straight, data, tmp_path
+):
+    code, said = stopped(data, tmp_path, _WAIT_IN_STEP, number=signal.SIGINT, lines=4)
+    out = tmp_path / "run"
+    assert code == 130, said
+    assert "stopped at step 5 of 12 with a checkpoint" in said
+    assert "Traceback" not in said
+    assert checkpoints(out)[-1].name == "step_000000005"
+    assert not (out / "bundle").exists()
+    go_on(data, out)
+    assert weights(out) == weights(straight)
+    assert metrics(out) == metrics(straight)
+
+
+@pytest.mark.slow
+def test_a_kill_while_saving_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
+    straight, data, tmp_path
+):
+    code, _ = stopped(data, tmp_path, _WAIT_IN_SAVE, number=signal.SIGKILL, lines=8)
+    out = tmp_path / "run"
+    assert code == -signal.SIGKILL
+    assert [path.name for path in checkpoints(out)] == ["step_000000004"]
+    assert len(metrics(out)) == 8
+    with (out / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 9, "lo')  # a line cut off
+    go_on(data, out)
+    assert weights(out) == weights(straight)
+    assert metrics(out) == metrics(straight)
+    assert not list(out.glob("checkpoints/*.writing"))
+
+
+def test_going_on_with_what_is_done_changes_nothing(straight, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({**values, "out": str(out)}))
+    go_on(data, out)
+    assert weights(out) == weights(straight)
+    assert metrics(out) == metrics(straight)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_no_lines_behind(
+    straight, data, tmp_path
+):
+    """Neither a fresh start nor one with --resume may mix the old lines with its own."""
+    for resume in (False, True):
+        out = tmp_path / str(resume)
+        out.mkdir()
+        shutil.copy(straight / "config.yaml", out)
+        (out / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+        assert pretrain.run(config(tiny_pretrain(data, out, resume=resume))) == 0
+        assert metrics(out) == metrics(straight)
+
+
+def test_what_may_change_on_going_on_may_change(straight, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({**values, "out": str(out)}))
+    shutil.rmtree(checkpoints(out)[-1])
+    go_on(data, out, workers=1, keep=1, save_every=10_000)
+    assert weights(out) == weights(straight)
+    assert len(checkpoints(out)) == 1
+
+
+# --- refused ---
+
+
+@pytest.fixture
+def finished(straight, tmp_path) -> Path:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({**values, "out": str(out)}))
+    return out
+
+
+def test_a_second_run_in_a_finished_folder_is_refused(finished, data, cli_call):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    code, err = cli_call(tiny_pretrain(data, finished))
+    assert code == 2
+    assert "already holds a run; add --resume to go on with it" in err
+    assert len(err.splitlines()) == 1
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_second_run_while_one_runs_is_refused(data, tmp_path, cli_call):
+    with run_folder.locked(tmp_path / "run"):
+        code, err = cli_call(tiny_pretrain(data, tmp_path / "run"))
+        left = [path.name for path in (tmp_path / "run").iterdir()]
+    assert code == 2
+    assert "another run is at work here" in err
+    assert len(err.splitlines()) == 1
+    assert left == [".lock"]
+
+
+@pytest.fixture
+def cli_call(capsys, tmp_path):
+    """The run as a command: its code and what it says."""
+    from pipelines.cli import main
+
+    def call(values: dict[str, Any], *arguments: str) -> tuple[int, str]:
+        path = tmp_path / "given.yaml"
+        path.write_text(yaml.safe_dump(values))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(["pretrain", str(path), *arguments])
+        assert isinstance(left.value.code, int)
+        return left.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 5),
+        ("batch_size", 8),
+        ("samples", 384),
+        ("lanes", 8),
+        ("optimizer", {"learning_rate": 1e-3, "average": 0.5}),
+        ("captions", ["a {caption}"]),
+    ],
+)
+def test_going_on_with_another_configuration_is_refused_by_key(key, value, finished, data):
+    with pytest.raises(ConfigError, match=rf"the run was started otherwise: {key}: ") as caught:
+        pretrain.run(config(tiny_pretrain(data, finished, resume=True), **{key: value}))
+    one_line(caught)
+
+
+def test_going_on_with_other_data_is_refused(finished, tmp_path):
+    write_pairs(tmp_path / "other", hand="two")
+    path = finished / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "data": str(tmp_path / "other")}))
+    with pytest.raises(ConfigError, match="not the data this run was started with") as caught:
+        pretrain.run(config(tiny_pretrain(tmp_path / "other", finished, resume=True)))
+    one_line(caught)
+    assert len(metrics(finished)) == STEPS
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_data_that_is_not_there_is_one_line(kind, tmp_path, cli_call):
+    place = tmp_path / "data"
+    if kind == "empty":
+        place.mkdir()
+    if kind == "file":
+        place.write_text("x")
+    code, err = cli_call(tiny_pretrain(place, tmp_path / "run"))
+    assert code == 2
+    assert str(place) in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"augment__options": {"rotat": 3.0}}, "rotat"),
+        ({"augment__options": {"rotate": -3.0}}, "rotate=-3.0"),
+        ({"optimizer__options": {"beta": 3}}, "beta"),
+        ({"optimizer__name": "adamm"}, "unknown optimizer 'adamm'"),
+        ({"model__image__options": {"chanels": 3}}, "chanels"),
+        ({"model__image__name": "timm:resnet10"}, "timm has no model 'resnet10'"),
+        ({"model__text__options": {"hiden_size": 3}}, "no option 'hiden_size'"),
+        ({"model__context_length": 64}, "context_length 64"),
+        ({"captions": ["{name}"]}, "template '{name}' does not fit the data"),
+        ({"loss__positives": "name"}, "has no field 'name'"),
+        ({"tokenizer__name": "/no/such/tokenizer"}, "no tokenizer could be read"),
+        ({"loss__min_temperature": 0.5}, "min_temperature"),
+        ({"out": "/dev/null/run"}, "/dev/null/run"),
+    ],
+    ids=lambda one: "" if isinstance(one, str) else "-".join(one),
+)
+def test_a_mistake_in_the_configuration_is_one_line_and_no_run(
+    changes, says, data, tmp_path, cli_call, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    values = tiny_pretrain(data, tmp_path / "run", **changes)
+    code, err = cli_call(values)
+    assert code == 2, err
+    assert says in err
+    assert len(err.splitlines()) == 1
+    out = tmp_path / "run"
+    assert not [path for path in out.rglob("*") if "step" in path.name or path.name == "bundle"]
+
+
+# --- steps without a finite gradient ---
+
+
+def poisoned(monkeypatch, steps: set[int]) -> None:
+    """Make the loss of some steps (from 0) NaN."""
+    original = training.ContrastiveObjective.forward
+    count = [0]
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        bad = count[0] in steps
+        count[0] += 1
+        loss = output.loss * float("nan") if bad else output.loss
+        return type(output)(loss, {**output.metrics, "loss": loss.detach()})
+
+    monkeypatch.setattr(training.ContrastiveObjective, "forward", forward)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {2, 5, 6, 7, 8})
+    out = tmp_path / "run"
+    assert pretrain.run(config(tiny_pretrain(data, out))) == 0
+    assert [line["finite"] for line in metrics(out)] == [1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    progress = run_folder.read_json(checkpoints(out)[-1] / "progress.json")
+    assert progress["skipped"] == 5
+    model = align.load(out / "bundle")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_five_in_a_row_end_the_run_with_the_last_checkpoint_whole(data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(5, 12)))
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="no finite gradient in 5 steps up to step 10") as caught:
+        pretrain.run(config(tiny_pretrain(data, out)))
+    assert str(out) in one_line(caught)
+    assert checkpoints(out)
+    assert not (out / "bundle").exists()
+    from safetensors.torch import load_file
+
+    for path in checkpoints(out):
+        tensors = load_file(path / "objective.safetensors")
+        assert all(value.isfinite().all() for value in tensors.values())
+
+
+# --- several processes ---
+
+LAYER_NORMS = {"image": {"name": "timm:vit_tiny_patch16_224", "options": TINY_VIT}}
+
+
+def logged_run(out: str, values: dict[str, Any]) -> None:
+    """Train, and note the ids of every batch of this process."""
+    seen: list[list[int]] = []
+    original = pretrain.step
+
+    def step(run, batch):
+        seen.append(batch.ids.tolist())
+        return original(run, batch)
+
+    pretrain.step = step
+    try:
+        assert pretrain.run(config(values)) == 0
+    finally:
+        pretrain.step = original
+    Path(out).write_text(json.dumps(seen))
+
+
+def rank_run(rank: int, world: int, folder: str, values: dict[str, Any]) -> None:
+    for name, value in {
+        **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world},
+        **{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1},
+    }.items():
+        os.environ[name] = str(value)
+    logged_run(f"{folder}/{rank}.json", values)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_batches_and_reach_the_same_losses(data, tmp_path):
+    def values(name: str) -> dict[str, Any]:
+        given = tiny_pretrain(data, tmp_path / name, samples=96)
+        given["model"] |= LAYER_NORMS
+        return given
+
+    logged_run(str(tmp_path / "alone.json"), values("alone"))
+    run_ranks(rank_run, 2, str(tmp_path), values("both"))
+    alone, first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", 0, 1)
+    )
+    assert len(alone) == len(first) == len(second) == 6
+    for batch, one, other in zip(alone, first, second, strict=True):
+        assert (batch[0::2], batch[1::2]) == (one, other)
+    expected, found = metrics(tmp_path / "alone"), metrics(tmp_path / "both")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(expected, found, strict=True):
+        for name in ("loss", "gradient_norm", "temperature", "learning_rate"):
+            assert other[name] == pytest.approx(line[name], rel=1e-5, abs=1e-5), name
+    one, two = (align.load(tmp_path / name / "bundle").state_dict() for name in ("alone", "both"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_validation_and_stages_are_part_of_a_run(data, tmp_path):
+    values = tiny_pretrain(
+        data,
+        tmp_path / "run",
+        stages=[{"until": 0.5, "image_size": 24}],
+        validation={"data": str(data), "where": {"colour": ["red", "blue"]}, "every": 96},
+    )
+    sizes = []
+    original = training.training_pictures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pretrain,
+            "training_pictures",
+            lambda *given: [images := original(*given), sizes.append(images.shape[-1])][0],
+        )
+        assert pretrain.run(config(values)) == 0
+    assert sizes == [24] * 6 + [32] * 6
+    checks = [line for line in metrics(tmp_path / "run") if "image_to_text_recall@1" in line]
+    assert [line["samples"] for line in checks] == [96, 192]
+    assert all(0 <= line["text_to_image_recall@5"] <= 1 for line in checks)
