@@ -104,7 +104,7 @@ class Comparison:
 
     reports: dict[str, Report]
     gains: dict[str, Report]
-    costs: dict[str, dict[str, float]]
+    costs: dict[str, dict[str, int | float]]
     pairs: Pairs
 
     @property
@@ -147,7 +147,7 @@ def compare_heads(model: DualEncoder, config: FuseConfig) -> Comparison:
         groups = group_numbers(train_set, config.within)
 
         queries = plain_queries(test_queries, test_set.bank, texts)
-        costs: dict[str, dict[str, float]] = {}
+        costs: dict[str, dict[str, int | float]] = {}
         towers = fingerprint(config.model)
         for name, head in tqdm(heads.items(), desc="fusion heads", disable=None):
             started = time.perf_counter()

@@ -68,7 +68,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
+def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
     """The text, cut with an ellipsis where it is too long."""
     font = _font(size)
     if draw.textlength(text, font) <= width:
