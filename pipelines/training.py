@@ -159,8 +159,13 @@ def make_augment(config: PretrainConfig) -> Augment | None:
     """
     if not config.augment.enabled:
         return None
+    # YAML tells 6 from 6.0; every number of these is a real one.
+    options = {
+        name: float(value) if type(value) is int else value
+        for name, value in config.augment.options.items()
+    }
     try:
-        return Augment(seed=config.seed, **config.augment.options)
+        return Augment(seed=config.seed, **options)
     except TypeError as error:
         known = ", ".join(list(signature(Augment).parameters)[1:])
         raise ConfigError(f"augment.options: {error}; known: {known}") from error
