@@ -61,9 +61,7 @@ for _name, (_first, _pattern) in _SCALARS.items():
         _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
         )
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def make_augment(config: PretrainConfig) -> Augment | None:
     if not config.augment.enabled:
         return None
     # YAML tells 6 from 6.0; every number of these is a real one.
-    options = {
+    options: dict[str, Any] = {
         name: float(value) if type(value) is int else value
         for name, value in config.augment.options.items()
     }

@@ -22,7 +22,7 @@ COLOURS = {
     "black": (10, 10, 10),
 }
 SHAPES = ("circle", "square", "bar", "cross", "dot", "ring", "corner", "frame")
-TINY_BERT = {
+TINY_BERT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -31,8 +31,8 @@ TINY_BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-TINY_RESNET = {"channels": [16, 16, 32, 32], "layers": [1, 1, 1, 1]}
-TINY_VIT = {
+TINY_RESNET: dict[str, Any] = {"channels": [16, 16, 32, 32], "layers": [1, 1, 1, 1]}
+TINY_VIT: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 16,
     "embed_dim": 24,

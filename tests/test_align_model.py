@@ -2,6 +2,7 @@
 
 import io
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.preprocess import preprocess
 from shards.decode import decode_image, fit_square
 
-IMAGE_TOWERS = {
+IMAGE_TOWERS: dict[str, dict[str, Any]] = {
     "resnet10t": TINY_RESNET,
     "vit_tiny_patch16_224": TINY_VIT,
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
@@ -36,7 +37,7 @@ IMAGE_TOWERS = {
         "num_heads": [2, 2],
     },
 }
-DISTILBERT = {
+DISTILBERT: dict[str, Any] = {
     "dim": 32,
     "n_layers": 1,
     "n_heads": 2,
@@ -116,7 +117,8 @@ def test_a_text_depends_on_neither_neighbours_nor_padding(name, pooler):
         alone = tokenizer([text])
         pooled = tower(alone.ids, alone.mask).pooled
         torch.testing.assert_close(pooled[0], together[row], rtol=1e-5, atol=1e-6)
-    wider = torch.nn.functional.pad(batch.ids, (0, 4), value=tokenizer.backend.pad_token_id)
+    assert tokenizer.backend.pad_token_id == 0
+    wider = torch.nn.functional.pad(batch.ids, (0, 4), value=0)
     mask = torch.nn.functional.pad(batch.mask, (0, 4), value=False)
     torch.testing.assert_close(tower(wider, mask).pooled, together, rtol=1e-5, atol=1e-6)
 
@@ -185,7 +187,6 @@ def test_pixels_are_normalised_with_the_backbones_own_statistics_or_with_those_g
     seen = []
 
     def spy(tower):
-        tower.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         original = tower.backbone.forward_features
         tower.backbone.forward_features = lambda pixels: seen.append(pixels) or original(pixels)
         return tower
@@ -211,7 +212,8 @@ def test_pixels_are_normalised_with_the_backbones_own_statistics_or_with_those_g
 def test_embeddings_have_unit_length_and_evaluation_is_deterministic():
     model = tiny_model(text_options={**TINY_BERT, "hidden_dropout_prob": 0.5}).train()
     pictures = [picture("red", "cross"), picture("blue", "dot", side=50)]
-    for encode, given_ in ((model.encode_image, pictures), (model.encode_text, TEXTS)):
+    encoders: list[tuple[Any, Any]] = [(model.encode_image, pictures), (model.encode_text, TEXTS)]
+    for encode, given_ in encoders:
         rows = encode(given_)
         assert rows.dtype == torch.float32
         assert rows.shape == (len(given_), 16)
@@ -274,7 +276,7 @@ def palette_with_transparency() -> Image.Image:
 def turned(form: str, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"exif": exif.tobytes()}
+    options: dict[str, Any] = {"exif": exif.tobytes()}
     if form == "WEBP":
         options["lossless"] = True
     return encoded(Image.fromarray(random_pixels(30, 70, 3)), form, **options)

@@ -121,10 +121,11 @@ def test_optimisers_by_name_move_every_weight_and_set_the_rate(name):
 
 def test_muon_orthogonalises_matrices_and_leaves_tables_to_adamw():
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8, bias=False))
+    embedding, linear = nn.Embedding(5, 8), nn.Linear(8, 8, bias=False)
+    module = nn.Sequential(embedding, linear)
     groups = parameter_groups(module, weight_decay=0.0)
     optimizer = build_optimizer("muon", groups, learning_rate=0.1, ns_steps=8)
-    table, matrix = module[0].weight, module[1].weight
+    table, matrix = embedding.weight, linear.weight
     before = matrix.detach().clone()
     module(torch.arange(5)).pow(2).sum().backward()
     optimizer.step()

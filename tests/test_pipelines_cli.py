@@ -196,7 +196,7 @@ def test_the_help_of_a_verb_is_its_keys(verb, capsys):
     code, out, err = call(capsys, verb, "--help")
     assert (code, err) == (0, "")
     assert f"usage: align {verb}" in out
-    assert VERBS[verb].schema.__doc__ in out
+    assert str(VERBS[verb].schema.__doc__) in out
     for name in VERBS[verb].schema.model_fields:
         assert f"\n{name}:" in out
 
