@@ -56,8 +56,7 @@ def write_page(run: DemoRun, path: Path) -> None:
         f"{environment['data']['samples']:,} pictures with names by five artists, "
         f"{environment['parameters'] / 1e6:.1f} M parameters, "
         f"{run.seconds.get('pretrain', 0):.0f} seconds of training on "
-        f"{environment['device']} ({environment['threads']} threads). Tested on an artist and on "
-        "concepts that it never saw.",
+        f"{environment['device']}. Tested on an artist and on concepts that it never saw.",
     )
     page.headline(_tiles(run))
     _training(page, out / "pretrain" / "metrics.jsonl")
@@ -108,9 +107,9 @@ def _training(page: Page, metrics: Path) -> None:
         recalls = Chart(
             "Recall on the unseen artist",
             [
-                series("picture to name @1", "image_to_text_recall@1", checks),
-                series("picture to name @5", "image_to_text_recall@5", checks),
-                series("name to picture @1", "text_to_image_recall@1", checks),
+                series("name @1", "image_to_text_recall@1", checks),
+                series("name @5", "image_to_text_recall@5", checks),
+                series("picture @1", "text_to_image_recall@1", checks),
             ],
             unit="fraction",
         )
@@ -278,6 +277,7 @@ def _facts(page: Page, run: DemoRun, environment: dict[str, Any]) -> None:
                 "batch": training.batch_size,
                 "optimiser": training.optimizer.name,
                 "precision": training.precision,
+                "compute threads": environment["threads"],
                 "seed": training.seed,
                 "data fingerprint": environment["data"]["fingerprint"][:16],
             },
