@@ -104,8 +104,8 @@ def train(training: Training) -> bool:
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                 raise ValueError(
                     f"{config.out}: no finite gradient in {bad_in_a_row} steps up to step "
-                    f"{training.step}; the last checkpoint is whole: resume from it with a lower "
-                    "optimizer.learning_rate"
+                    f"{training.step}; earlier checkpoints are whole; begin another run with a "
+                    "lower optimizer.learning_rate"
                 )
             last = training.step == training.steps
             asked = _any_rank(accelerator, stop.asked)
@@ -118,9 +118,10 @@ def train(training: Training) -> bool:
                 with log.pause():
                     log.write({"step": training.step, **validate(training)})
             if asked and not last:
+                again = "the same command" if config.resume else "the same command with --resume"
                 log.say(
                     f"stopped at step {training.step} of {training.steps} with a checkpoint in "
-                    f"{config.out}; the same command with --resume goes on"
+                    f"{config.out}; {again} goes on"
                 )
                 return False
     return True
