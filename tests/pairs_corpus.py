@@ -129,7 +129,7 @@ def tiny_pretrain(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
         "out": str(out),
         "model": {
             "image": {"name": "timm:resnet10t", "options": dict(TINY_RESNET)},
-            "text": {"name": "hf:bert", "options": dict(TINY_BERT)},
+            "text": {"name": "hf:bert", "options": {**TINY_BERT, "hidden_dropout_prob": 0.1}},
             "dim": 16,
             "image_size": 32,
             "context_length": 16,

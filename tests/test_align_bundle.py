@@ -105,6 +105,14 @@ def test_there_is_no_pickle_in_a_bundle_and_nothing_of_this_machine(saved):
         assert str(saved.parent).encode() not in data
 
 
+def test_a_bundle_names_its_pixel_statistics_and_fetches_nothing(model, saved):
+    """A later timm may have other statistics for this tower; these weights want their own."""
+    options = json.loads((saved / "config.json").read_text())["model"]["image"]["options"]
+    own = model.image.backbone.default_cfg
+    assert (options["mean"], options["std"]) == ([*own["mean"]], [*own["std"]])
+    assert options["pretrained"] is False
+
+
 def test_card_and_provenance_are_kept(model, tmp_path):
     save(model, tmp_path / "b", card="# Mine\n", provenance={"data": "abc"})
     assert (tmp_path / "b" / "README.md").read_text() == "# Mine\n"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pairs_corpus import TINY_VIT, tiny_pretrain, write_pairs
+from pairs_corpus import TINY_BERT, TINY_VIT, tiny_pretrain, write_pairs
 from ranks import run_ranks
 
 import align
@@ -127,6 +127,19 @@ def test_the_same_configuration_gives_the_same_bundle_to_the_bit(straight, data,
     assert pretrain.run(config(tiny_pretrain(data, tmp_path / "run", workers=2))) == 0
     assert weights(tmp_path / "run") == weights(straight)
     assert metrics(tmp_path / "run") == metrics(straight)
+
+
+def test_dropout_is_drawn_anew_in_every_step(data, tmp_path, monkeypatch):
+    seeds = []
+    original = training.ContrastiveObjective.forward
+
+    def forward(self, *args, **kwargs):
+        seeds.append(torch.initial_seed())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.ContrastiveObjective, "forward", forward)
+    assert pretrain.run(config(tiny_pretrain(data, tmp_path / "run", samples=64))) == 0
+    assert len(seeds) == len(set(seeds)) == 4
 
 
 def test_another_seed_gives_another_bundle(straight, data, tmp_path):
@@ -446,7 +459,11 @@ def test_five_in_a_row_end_the_run_with_the_last_checkpoint_whole(data, tmp_path
 
 # --- several processes ---
 
-LAYER_NORMS = {"image": {"name": "timm:vit_tiny_patch16_224", "options": TINY_VIT}}
+NO_CROSS_TALK = {
+    "image": {"name": "timm:vit_tiny_patch16_224", "options": TINY_VIT},
+    "text": {"name": "hf:bert", "options": TINY_BERT},
+}
+"""Towers without batch statistics and without dropout: rows do not know their process."""
 
 
 def logged_run(out: str, values: dict[str, Any]) -> None:
@@ -479,7 +496,7 @@ def rank_run(rank: int, world: int, folder: str, values: dict[str, Any]) -> None
 def test_two_processes_take_the_same_batches_and_reach_the_same_losses(data, tmp_path):
     def values(name: str) -> dict[str, Any]:
         given = tiny_pretrain(data, tmp_path / name, samples=96)
-        given["model"] |= LAYER_NORMS
+        given["model"] |= NO_CROSS_TALK
         return given
 
     logged_run(str(tmp_path / "alone.json"), values("alone"))
