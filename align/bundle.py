@@ -105,21 +105,11 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
         options = {**config.image.options, **model.image.statistics, "pretrained": False}
         config = replace(config, image=Tower(config.image.name, options))
     if isinstance(model.text, HuggingFaceTextEncoder):
-        text = model.text.transformer.config
-        fields = text.to_diff_dict()
-        for key in (
-            "model_type",
-            "transformers_version",
-            "architectures",
-            "dtype",
-            "_name_or_path",
-        ):
-            fields.pop(key, None)
+        settings = json.loads(model.text.transformer.config.to_json_string(use_diff=False))
         kept = {"pooler", "attention"} & set(config.text.options)
         own = {key: config.text.options[key] for key in sorted(kept)}
-        config = replace(
-            config, text=Tower(f"hf:{text.model_type}", {**fields, **own, "pretrained": False})
-        )
+        name = f"hf:{settings['model_type']}"
+        config = replace(config, text=Tower(name, {"config": settings, **own}))
     return config
 
 

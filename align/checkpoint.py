@@ -55,6 +55,12 @@ def load_state(
     """
     folder = Path(folder)
     names = dict(module.named_parameters())
+    fused = {  # those whose optimiser wants even the count of steps on the device
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     try:
         module.load_state_dict(load_file(folder / "objective.safetensors"))
         if average is not None:
@@ -68,7 +74,7 @@ def load_state(
                 optimizer.param_groups[int(slot.removeprefix(_GROUP))][name] = tensor
                 continue
             parameter = names[name]
-            if slot != "step":
+            if slot != "step" or parameter in fused:
                 tensor = tensor.to(parameter.device)
             if tensor.shape == parameter.shape:
                 # Fused optimisers walk through memory: moments must lie as their parameter does.

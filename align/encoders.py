@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 @dataclass(frozen=True)
 class Features:
-    """What a tower says of a batch, in the tower's own width.
+    """What a tower says of a batch, in the tower's own widths.
 
     Attributes:
         pooled: one vector a row.
@@ -31,7 +31,7 @@ class Features:
     """
 
     pooled: Float[Tensor, "batch width"]
-    tokens: Float[Tensor, "batch tokens width"]
+    tokens: Float[Tensor, "batch tokens token_width"]
     mask: Bool[Tensor, "batch tokens"]
 
 
@@ -72,7 +72,9 @@ class TimmImageEncoder(nn.Module):
         except TypeError as error:
             raise ValueError(f"timm:{name} does not take these options: {error}") from error
         self.backbone: Any = backbone
-        self.width: int = self.backbone.num_features
+        self.token_width: int = self.backbone.num_features
+        # Some families, such as MobileNet, widen what they pooled once more.
+        self.width: int = getattr(self.backbone, "head_hidden_size", None) or self.token_width
         own = self.backbone.default_cfg
         self.statistics = {
             "mean": [float(value) for value in (own["mean"] if mean is None else mean)],
@@ -92,9 +94,27 @@ class TimmImageEncoder(nn.Module):
             pixels.contiguous(memory_format=torch.channels_last)
         )
         pooled = self.backbone.forward_head(feature_map, pre_logits=True)
-        tokens = _as_tokens(feature_map, self.width)
+        tokens = _as_tokens(feature_map, self.token_width)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(pooled, tokens, mask)
+
+    def check_size(self, size: int) -> None:
+        """See whether the backbone takes square pictures of this size.
+
+        Raises:
+            ValueError: it does not.
+        """
+        training, zeros = self.training, torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        try:
+            with torch.no_grad():
+                self.eval()(zeros.to(self.pixel_mean.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the image tower does not take pictures of {size} px ({_first_line(error)}); "
+                "towers of a fixed size take the options img_size or dynamic_img_size"
+            ) from error
+        finally:
+            self.train(training)
 
 
 def _as_tokens(
@@ -144,6 +164,7 @@ class HuggingFaceTextEncoder(nn.Module):
         pretrained: load the published weights; needs a hub id or folder.
         pooler: `mean`, `max`, `cls` (first token) or `last` (last real token).
         attention: `sdpa` (fused) or `eager`, which is quicker for short texts on a CPU.
+        config: the whole configuration, as a bundle keeps it; `name` then only says the family.
         options: fields of the model's configuration (`hidden_size`, `num_hidden_layers`, ...).
 
     Raises:
@@ -157,6 +178,7 @@ class HuggingFaceTextEncoder(nn.Module):
         pretrained: bool = False,
         pooler: str = "mean",
         attention: str = "sdpa",
+        config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -164,19 +186,25 @@ class HuggingFaceTextEncoder(nn.Module):
             raise ValueError(f"unknown pooler {pooler!r}; known: {', '.join(POOLERS)}")
         if attention not in ATTENTION:
             raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION)}")
-        config = _text_config(name, pretrained=pretrained, options=options)
+        if config is not None:
+            settings = AutoConfig.for_model(**config)
+        else:
+            settings = _text_config(name, pretrained=pretrained, options=options)
         if pretrained:
             self.transformer = AutoModel.from_pretrained(
-                name, config=config, attn_implementation=attention
+                name, config=settings, attn_implementation=attention, dtype=torch.float32
             )
         else:
-            self.transformer = AutoModel.from_config(config, attn_implementation=attention)
+            self.transformer = AutoModel.from_config(
+                settings, attn_implementation=attention, dtype=torch.float32
+            )
         if getattr(self.transformer, "pooler", None) is not None:
             # The architecture's own pooling layer would never receive a gradient: ours replaces it.
             self.transformer.pooler = None
-        self.width: int = config.hidden_size
-        self.vocabulary_size: int = config.vocab_size
-        self.max_length: int = getattr(config, "max_position_embeddings", 1 << 30)
+        self.width: int = settings.hidden_size
+        self.token_width: int = self.width
+        self.vocabulary_size: int = settings.vocab_size
+        self.max_length: int = getattr(settings, "max_position_embeddings", 1 << 30)
         embeddings = getattr(self.transformer, "embeddings", None)
         padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
         if padding is not None:  # RoBERTa and its kin count positions from the padding id on

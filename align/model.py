@@ -71,7 +71,7 @@ class DualEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.image = build_tower(config.image.name, IMAGE_LIBRARIES, **config.image.options)
         text_options = dict(config.text.options)
-        if not text_options.get("pretrained"):
+        if not text_options.get("pretrained") and "config" not in text_options:
             text_options.setdefault("vocab_size", len(tokenizer))
             text_options.setdefault("pad_token_id", tokenizer.backend.pad_token_id)
         self.text = build_tower(config.text.name, TEXT_LIBRARIES, **text_options)

@@ -21,9 +21,9 @@ from pipelines.config import (
     build,
     commented_default,
     override,
-    parse_value,
     read_yaml,
     to_yaml,
+    value_for,
 )
 
 
@@ -148,13 +148,15 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if match := _OVERRIDE.match(argument):
-            overrides.append((match[1].replace("-", "_"), parse_value(match[2])))
+        assigned = _OVERRIDE.match(argument)
+        if assigned and (argument.startswith("--") or not _is_words(schema, assigned, positional)):
+            key = assigned[1].replace("-", "_")
+            overrides.append((key, value_for(schema, key, assigned[2])))
         elif argument.startswith("--"):
             key = argument[2:].replace("-", "_")
             field = schema.model_fields.get(key)
             flag = not rest or (field is not None and field.annotation is bool)
-            overrides.append((key, True if flag else parse_value(rest.pop(0))))
+            overrides.append((key, True if flag else value_for(schema, key, rest.pop(0))))
         elif argument.endswith((".yaml", ".yml")):
             origin = argument
             values = read_yaml(Path(argument))
@@ -166,6 +168,12 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
     for path, value in overrides:
         override(values, path, value)
     return build(schema, values, origin=origin)
+
+
+def _is_words(schema: type[Config], assigned: re.Match[str], positional: Sequence[str]) -> bool:
+    """Whether what looks like `key=value` is a text to search for, such as "e=mc2"."""
+    known = assigned[1].partition(".")[0].replace("-", "_") in schema.model_fields
+    return not known and list(positional[:1]) == ["text"]
 
 
 def shipped(name: str) -> Path:

@@ -103,6 +103,19 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def value_for(schema: type[BaseModel], path: str, text: str) -> Any:
+    """The value of an override for its key: text and paths as they are, the rest as YAML."""
+    annotation: Any = schema
+    for part in path.split("."):
+        inner = _inner_schema(annotation)
+        field = inner.model_fields.get(part) if inner is not None else None
+        if field is None:
+            return parse_value(text)
+        annotation = field.annotation
+    kinds = set(get_args(annotation) or [annotation]) - {type(None)}
+    return text if kinds <= {str, Path} and text != "null" else parse_value(text)
+
+
 def override(values: dict[str, Any], path: str, value: Any) -> None:
     """Set `key.path` in nested mappings, making them where they are missing."""
     *parents, last = path.split(".")

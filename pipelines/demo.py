@@ -43,6 +43,7 @@ def run(config: DemoConfig) -> int:
         if config.restart:
             _clear(config.out)
         _refuse_another(config)
+        fuse.check_heads(config.fuse)
         if (config.out / "results.json").exists():
             _announce(config.out, "done before; add --restart to run it anew")
             return 0

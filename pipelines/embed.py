@@ -12,6 +12,7 @@ from tqdm import tqdm
 from align.bundle import fingerprint, load
 from align.model import DualEncoder
 from eval.embed import EmbeddedRows, write_table
+from pipelines import run_folder
 from pipelines.config import ConfigError
 from pipelines.schemas import EmbedConfig
 from shards.damage import DamageTally
@@ -31,6 +32,7 @@ class EmbeddedPairs:
         ids: stable sample ids.
         keys: sample keys.
         fingerprint: of the data set.
+        bad: samples that could not be read and are missing here.
     """
 
     images: Float32[np.ndarray, "rows dim"]
@@ -40,6 +42,7 @@ class EmbeddedPairs:
     ids: Int64[np.ndarray, " rows"]
     keys: list[str]
     fingerprint: str
+    bad: int
 
     def values(self, field: str) -> list[str]:
         """One field of every sample; `caption` stands for the caption.
@@ -85,7 +88,8 @@ def embed_pairs(
     manifest = data if isinstance(data, Manifest) else Manifest.open(data)
     images, captions, fields, ids, keys = [], [], [], [], []
     size = image_size or model.config.image_size
-    for batch in iterate(manifest, batch_size=batch_size, image_size=size):
+    tally = DamageTally(total=len(manifest))
+    for batch in iterate(manifest, batch_size=batch_size, image_size=size, tally=tally):
         rows = select(batch, where or {})
         if not len(rows):
             continue
@@ -107,11 +111,17 @@ def embed_pairs(
         ids=np.concatenate(ids),
         keys=keys,
         fingerprint=manifest.fingerprint,
+        bad=tally.bad,
     )
 
 
 def run(config: EmbedConfig) -> int:
     """Embed a data set into a table; one that was cut off is gone on with."""
+    with run_folder.locked_beside(config.out):
+        return _run(config)
+
+
+def _run(config: EmbedConfig) -> int:
     model = load(config.model)
     manifest = Manifest.open(config.data)
     tally = DamageTally(total=len(manifest))
@@ -135,11 +145,18 @@ def run(config: EmbedConfig) -> int:
         fingerprints={"model": fingerprint(config.model), "data": manifest.fingerprint},
         dtype=config.dtype,
         rows_per_part=config.rows_per_part,
-        origin={"model": config.model, "data": str(config.data)},
+        origin={"model": whereabouts(config.model), "data": str(config.data.resolve())},
     )
+    run_folder.write_json(config.out / "data_report.json", tally.report())
     bad = tally.bad
-    print(f"{config.out}: {table.rows} rows" + (f", {bad} bad samples left out" if bad else ""))
+    listed = f", {bad} bad samples left out (data_report.json)" if bad else ""
+    print(f"{config.out}: {table.rows} rows{listed}")
     return 0
+
+
+def whereabouts(model: str) -> str:
+    """A bundle's place, so that it is found from any working directory; a hub id stays itself."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _with_bar(batches: Iterable[Batch], manifest: Manifest, start: int) -> Iterator[Batch]:

@@ -65,7 +65,12 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
 
 def run_task(model: DualEncoder, pairs: EmbeddedPairs, task: TaskConfig, *, title: str) -> Report:
     """One task over embedded pairs."""
-    protocol: dict[str, Any] = {"data": pairs.fingerprint, "where": task.where, "label": task.label}
+    protocol: dict[str, Any] = {
+        "data": pairs.fingerprint,
+        "where": task.where,
+        "label": task.label,
+        "bad_samples_left_out": pairs.bad,
+    }
     if task.task == "retrieval":
         return retrieval_report(pairs, label=task.label, title=title, protocol=protocol)
     names, labels = numbered(pairs.values(task.label))
@@ -89,15 +94,18 @@ def retrieval_report(
 ) -> Report:
     """Retrieval both ways between the pictures and the distinct captions of a data set.
 
-    A caption that several pictures share is one candidate, and right for each of them.
+    A caption that several pictures of one label share is one candidate, and right for each of them.
     """
     _, labels = numbered(pairs.values(label))
-    _, first = np.unique(np.array(pairs.captions), return_index=True)
+    candidates = sorted(
+        {(caption, number): row for row, (caption, number)
+         in reversed(list(enumerate(zip(pairs.captions, labels.tolist(), strict=True))))}.values()
+    )  # fmt: skip
     return retrieval(
         pairs.images,
-        pairs.texts[np.sort(first)],
+        pairs.texts[candidates],
         image_labels=labels,
-        text_labels=labels[np.sort(first)],
+        text_labels=labels[candidates],
         title=title,
         protocol=protocol,
     )

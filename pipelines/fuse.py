@@ -7,6 +7,7 @@ that change, found through FAISS among all test pictures but the query's own.
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The head with the highest recall@1."""
+        """The head with the highest recall@1 on the test queries."""
         return max(self.gains, key=lambda name: self.reports[name]["recall@1"].value)
 
 
@@ -191,13 +192,28 @@ def build_head(config: HeadConfig, model: DualEncoder, seed: int) -> FusionHead:
     torch.manual_seed(seed)
     widths = {
         "dim": model.config.dim,
-        "image_width": model.image.width,
-        "text_width": model.text.width,
+        "image_width": model.image.token_width,
+        "text_width": model.text.token_width,
     }
     try:
         return fusion_head(config.name)(**widths, **config.options)
     except TypeError as error:
         raise ConfigError(f"heads: {config.name} does not take these options: {error}") from error
+
+
+def check_heads(config: FuseConfig) -> None:
+    """See whether every head is known and takes its options, before anything is trained.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for title, head in config.heads.items():
+        try:
+            signature(fusion_head(head.name)).bind(
+                dim=1, image_width=1, text_width=1, **head.options
+            )
+        except TypeError as error:
+            raise ConfigError(f"heads.{title}: {head.name}: {error}") from error
 
 
 def open_matching_index(config: FuseConfig) -> Searcher:

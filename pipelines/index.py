@@ -2,20 +2,21 @@
 
 from eval.index import IndexCard, build_index
 from eval.table import EmbeddingTable
+from pipelines import run_folder
 from pipelines.schemas import IndexConfig
 
 
 def run(config: IndexConfig) -> int:
     """Build the index and say what it reaches."""
-    table = EmbeddingTable(config.table)
-    card = build_index(
-        table,
-        config.out,
-        factory=config.factory,
-        knobs=config.knobs,
-        modality=config.modality,
-        seed=config.seed,
-    )
+    with run_folder.locked_beside(config.out):
+        card = build_index(
+            EmbeddingTable(config.table),
+            config.out,
+            factory=config.factory,
+            knobs=config.knobs,
+            modality=config.modality,
+            seed=config.seed,
+        )
     print(f"{config.out}: {describe(card)}")
     return 0
 

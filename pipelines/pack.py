@@ -24,6 +24,7 @@ def run(config: PackConfig) -> int:
         samples_per_shard=config.samples_per_shard,
         shuffle_seed=config.shuffle_seed,
         strict=config.strict,
+        overwrite=config.overwrite,
     )
     for problem in manifest.problems[:10]:
         print(f"left out: {problem}")

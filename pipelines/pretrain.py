@@ -42,7 +42,7 @@ def run(config: PretrainConfig) -> int:
         if config.resume:
             resume(training)
         if accelerator.is_main_process:
-            run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
+            record(training)
         finished = train(training)
         if finished and accelerator.is_main_process:
             save_bundle(training)
@@ -75,7 +75,31 @@ def refuse_to_mix(config: PretrainConfig) -> None:
         raise ConfigError(f"{config.out}: the run was started otherwise: {'; '.join(changed)}")
 
 
-_MAY_CHANGE = {"resume", "workers", "log_every", "save_every", "keep", "validation"}
+_MAY_CHANGE = {
+    "out",
+    "bundle",
+    "resume",
+    "workers",
+    "log_every",
+    "save_every",
+    "keep",
+    "validation",
+}
+
+
+def record(training: Training) -> None:
+    """Say in the run folder what the run is, and forget what was logged after its checkpoint."""
+    config = training.config
+    run_folder.record(
+        config.out,
+        config,
+        data={"samples": training.loader.num_samples, "fingerprint": training.fingerprint},
+        parameters=sum(one.numel() for one in training.objective.parameters()),
+        processes=training.accelerator.num_processes,
+        device=str(training.accelerator.device),
+        threads=torch.get_num_threads(),
+    )
+    run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
 
 def train(training: Training) -> bool:
@@ -156,6 +180,7 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     labels = positive_labels(batch, config.loss.positives).to(device)
 
     started = time.perf_counter()
+    statistics = [buffer.clone() for buffer in training.objective.buffers()]
     training.wrapped.train()
     images = training_pictures(training, batch)
     output = training.wrapped(images, tokens.ids, tokens.mask, labels)
@@ -172,6 +197,9 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
             training.average.update_parameters(training.objective)
     else:
         training.skipped += 1
+        # The batch has been seen by running statistics too; they forget it.
+        for buffer, before in zip(training.objective.buffers(), statistics, strict=True):
+            buffer.copy_(before)
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
     return {

@@ -32,6 +32,29 @@ def locked(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder}: is a file; choose another folder for the run") from error
+    with _held(lock, folder):
+        try:
+            yield folder
+        finally:
+            if [path.name for path in folder.iterdir()] == [lock.name]:  # nothing came of it
+                lock.unlink()
+                folder.rmdir()
+
+
+@contextmanager
+def locked_beside(folder: Path) -> Iterator[Path]:
+    """Hold a folder alone that its writer makes or replaces as a whole; the lock lies beside it.
+
+    Raises:
+        ConfigError: another run holds the folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _held(folder.with_name(f".{folder.name}.lock"), folder):
+        yield folder
+
+
+@contextmanager
+def _held(lock: Path, folder: Path) -> Iterator[None]:
     with lock.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,12 +62,7 @@ def locked(folder: Path) -> Iterator[Path]:
             raise ConfigError(
                 f"{folder}: another run is at work here; wait for it, or choose another folder"
             ) from error
-        try:
-            yield folder
-        finally:
-            if [path.name for path in folder.iterdir()] == [lock.name]:  # nothing came of it
-                lock.unlink()
-                folder.rmdir()
+        yield
 
 
 def record(folder: Path, config: Config, **facts: Any) -> None:

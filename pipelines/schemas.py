@@ -11,12 +11,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from align.fusion import FUSION_HEADS
 from pipelines.config import Config
 
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Where = dict[str, str | int | float | bool | list[str | int | float | bool]]
 WHERE = (
     "Keep samples whose field has this value, or one of these values: {field: value or [values]}."
 )
+DEMO_TASKS = ("unseen artist", "unseen artist, by subgroup", "unseen concepts")
 BUILT_IN_SPLITS = ("train", "vendor", "unseen")
 IMAGE_LIBRARIES = ("timm",)
 TEXT_LIBRARIES = ("hf",)
@@ -53,6 +55,7 @@ class PackConfig(Config):
         default=None, description="Mix the samples before writing; null keeps the source's order."
     )
     strict: bool = Field(default=False, description="Stop at the first bad pair.")
+    overwrite: bool = Field(default=False, description="Replace a data set packed earlier.")
 
 
 class ImageTowerConfig(Config):
@@ -202,13 +205,17 @@ class PretrainConfig(Config):
     )
     samples: PositiveInt = Field(default=1_000_000, description="How many to train on in all.")
     precision: Literal["fp32", "bf16"] = Field(default="bf16", description="Of the towers.")
-    seed: int = Field(default=0, description="Of weights, order, augmentation, dropout.")
+    seed: Seed = Field(default=0, description="Of weights, order, augmentation, dropout.")
     lanes: PositiveInt = Field(
         default=64,
         description="Parallel lanes the data is read in; a multiple of the number of processes,\n"
         "and a divisor of batch_size. Part of the order: changing it changes the order.",
     )
     workers: NonNegativeInt = Field(default=1, description="Decoding threads per process.")
+    max_bad_fraction: Share = Field(
+        default=0.05, description="The run stops where more of the samples are bad."
+    )
+    strict: bool = Field(default=False, description="Stop at the first bad sample.")
     log_every: PositiveInt = Field(default=20, description="Steps between log lines.")
     save_every: PositiveInt = Field(default=100_000, description="Samples between checkpoints.")
     keep: PositiveInt = Field(default=2, description="Checkpoints to keep.")
@@ -221,6 +228,9 @@ class PretrainConfig(Config):
             raise ValueError(
                 f"batch_size: {self.batch_size} must be a multiple of lanes ({self.lanes})"
             )
+        ends = [stage.until for stage in self.stages]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"stages: {ends} must ascend; a later stage ends later")
         if self.samples < self.batch_size:
             raise ValueError(f"samples: {self.samples} is less than one batch ({self.batch_size})")
         return self
@@ -250,7 +260,7 @@ class IndexConfig(Config):
     factory: str = Field(default="Flat", description="FAISS factory string.")
     knobs: str = Field(default="", description="FAISS search parameters, such as nprobe=16.")
     modality: Literal["image", "text"] = Field(default="image", description="What to index.")
-    seed: int = Field(default=0, description="Of the training sample.")
+    seed: Seed = Field(default=0, description="Of the training sample.")
 
 
 class SearchConfig(Config):
@@ -357,7 +367,7 @@ class FuseConfig(Config):
     learning_rate: PositiveFloat = Field(default=1e-3, description="At its peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="On matrices.")
     temperature: PositiveFloat = Field(default=0.05, description="Of the contrastive loss.")
-    seed: int = Field(default=0, description="Of weights and batches.")
+    seed: Seed = Field(default=0, description="Of weights and batches.")
 
 
 class DemoConfig(Config):
@@ -372,6 +382,14 @@ class DemoConfig(Config):
     queries: list[str] = Field(
         default=["red heart"], min_length=1, description="Searches for the page to show."
     )
+
+    @model_validator(mode="after")
+    def _shows(self) -> "DemoConfig":
+        """The page is made of these evaluations."""
+        missing = [title for title in DEMO_TASKS if title not in self.evaluate.tasks]
+        if missing:
+            raise ValueError(f"evaluate.tasks: the demo's page needs {missing[0]!r}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -401,7 +419,14 @@ class DemoConfig(Config):
         filled = dict(values)
         for section, paths in places.items():
             given = filled.get(section) or {}
-            filled[section] = {**paths, **given} if isinstance(given, dict) else given
+            if not isinstance(given, dict):
+                continue
+            for key, place in paths.items():
+                if str(given.get(key, place)) != str(place):
+                    raise ValueError(
+                        f"{section}.{key}: the demo puts this at {place}; change out instead"
+                    )
+            filled[section] = {**given, **paths}
         return _fill_in_splits(filled, out / "shards")
 
 

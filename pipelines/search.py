@@ -21,7 +21,9 @@ def run(config: SearchConfig) -> int:
     """Search, print the hits, draw them."""
     picture = open_picture(config.image) if config.image else None
     searcher = Searcher(config.index)
-    place = config.model or searcher.card.origin["model"]
+    place = config.model or searcher.card.origin.get("model")
+    if place is None:
+        raise ConfigError(f"model: {config.index} does not say which model it was made with")
     towers = fingerprint(place)
     if towers != searcher.card.fingerprints["model"]:
         raise ConfigError(
@@ -36,7 +38,7 @@ def run(config: SearchConfig) -> int:
     print(f"{asked}  ({searcher.card.rows} pictures in {config.index})")
     for place_, (score, row) in enumerate(zip(found.scores[0], found.rows[0], strict=True), 1):
         print(f"{place_:3d}  {score:6.3f}  {row['caption']}  [{row['key']}]")
-    data = Path(searcher.card.origin["data"])
+    data = Path(searcher.card.origin.get("data", "unknown"))
     if not data.is_dir():
         print(f"no picture drawn: the shards are no longer at {data}")
         return 0

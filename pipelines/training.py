@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.losses import InfoNCE
@@ -13,7 +15,6 @@ from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
 from align.tokenizer import Tokenizer
-from pipelines import run_folder
 from pipelines.captions import CaptionWriter, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
@@ -65,20 +66,11 @@ class Training:
 
 
 def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
-    """Make every part of a run from its configuration."""
+    """Make every part of a run from its configuration; nothing is written yet."""
     manifest = Manifest.open(config.data)
     captions = CaptionWriter(config.captions, seed=config.seed)
-    if config.tokenizer.name is not None:
-        tokenizer = Tokenizer.load(
-            config.tokenizer.name, context_length=config.model.context_length
-        )
-    else:
-        tokenizer = train_tokenizer(
-            manifest,
-            captions,
-            vocabulary_size=config.tokenizer.vocabulary_size,
-            context_length=config.model.context_length,
-        )
+    augment, loader = make_augment(config), make_loader(config, manifest, accelerator)
+    tokenizer = make_tokenizer(config, manifest, captions)
     torch.manual_seed(config.seed)
     loss = InfoNCE(
         temperature=config.loss.temperature,
@@ -86,6 +78,9 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
         label_smoothing=config.loss.label_smoothing,
     )
     objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
+    for size in {*(stage.image_size for stage in config.stages), config.model.image_size}:
+        objective.model.image.check_size(size)
+    objective = share_statistics(objective, accelerator)
     objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
     optimizer = build_optimizer(
         config.optimizer.name,
@@ -97,28 +92,55 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     if config.optimizer.average:
         averaging = get_ema_multi_avg_fn(config.optimizer.average)
         average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
-    if accelerator.is_main_process:
-        run_folder.record(
-            config.out,
-            config,
-            data={"samples": len(manifest), "fingerprint": manifest.fingerprint},
-            parameters=sum(parameter.numel() for parameter in objective.parameters()),
-            processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            threads=torch.get_num_threads(),
-        )
     return Training(
         config=config,
         accelerator=accelerator,
-        loader=make_loader(config, manifest, accelerator),
+        loader=loader,
         captions=captions,
-        augment=make_augment(config),
+        augment=augment,
         objective=objective,
         wrapped=accelerator.prepare_model(objective),
         optimizer=optimizer,
         average=average,
         fingerprint=manifest.fingerprint,
     )
+
+
+def make_tokenizer(
+    config: PretrainConfig, manifest: Manifest, captions: CaptionWriter
+) -> Tokenizer:
+    """The tokenizer named, else that of the pretrained weights, else one trained on captions."""
+    name, text = config.tokenizer.name, config.model.text
+    if name is None and text.options.get("pretrained"):
+        name = text.name.partition(":")[2]
+    if name is not None:
+        return Tokenizer.load(name, context_length=config.model.context_length)
+    return train_tokenizer(
+        manifest,
+        captions,
+        vocabulary_size=config.tokenizer.vocabulary_size,
+        context_length=config.model.context_length,
+    )
+
+
+def share_statistics(
+    objective: ContrastiveObjective, accelerator: Accelerator
+) -> ContrastiveObjective:
+    """Let batch normalisation see the whole batch of all processes, where it can.
+
+    PyTorch shares the statistics on GPUs only; elsewhere a line says what that means.
+    """
+    has = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules())
+    if accelerator.num_processes == 1 or not has:
+        return objective
+    if accelerator.device.type == "cuda":
+        objective.model.image = convert_sync_batchnorm(objective.model.image)
+        return objective
+    accelerator.print(
+        "note: the towers have batch normalisation, whose statistics are those of each process's "
+        "own rows on this device: results depend a little on the number of processes"
+    )
+    return objective
 
 
 def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
@@ -148,6 +170,8 @@ def make_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+        strict=config.strict,
     )
 
 

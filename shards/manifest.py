@@ -178,7 +178,7 @@ class Manifest:
         folder = Path(folder)
         path = (place or folder) / MANIFEST_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {MANIFEST_FILE}; pack or inspect it first")
+            raise FileNotFoundError(f"{folder} holds no {MANIFEST_FILE}; it is no packed data set")
         try:
             content = json.loads(path.read_bytes())
             version = content["version"]

@@ -175,7 +175,7 @@ def _replaceable(out: Path, *, overwrite: bool) -> Manifest | None:
     if not old.is_packed:
         raise ValueError(f"{out} holds shards that were not packed here; choose another folder")
     if not overwrite:
-        raise ValueError(f"{out} holds a data set; choose another folder, or ask to overwrite it")
+        raise ValueError(f"{out} holds a data set; choose another folder, or set overwrite")
     return old
 
 

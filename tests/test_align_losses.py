@@ -91,6 +91,19 @@ def test_temperature_stays_within_its_bound():
     assert math.isfinite(loss(image, text).item())
 
 
+def test_temperature_comes_back_from_its_bound():
+    """Rows that are all alike want a high temperature, wherever an optimiser overshot to."""
+    rows = unit_rows(1, 4, seed=0).expand(8, 4)
+    other = unit_rows(8, 4, seed=1)
+    loss = InfoNCE(temperature=0.05, min_temperature=0.02)
+    with torch.no_grad():
+        loss.logit_scale.fill_(100.0)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    loss(rows, other).backward()
+    optimizer.step()
+    assert loss.scale().item() < 50
+
+
 def test_half_precision_rows_are_computed_in_fp32():
     image, text = unit_rows(64, 32, seed=0).bfloat16(), unit_rows(64, 32, seed=1).bfloat16()
     loss = InfoNCE(temperature=0.01)

@@ -15,7 +15,7 @@ PACKAGES = ("align", "shards", "eval", "pipelines", "benchmarks")
 
 
 def tree() -> str:
-    """Every module with the first line of its docstring. `python tests/test_readme.py` prints it."""
+    """Every module with the first line of its docstring; running this file prints it."""
     lines: list[str] = []
     for package in PACKAGES:
         lines.append(f"{package}/")
