@@ -187,6 +187,8 @@ class HuggingFaceTextEncoder(nn.Module):
         if attention not in ATTENTION:
             raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION)}")
         if config is not None:
+            if options:
+                raise ValueError(f"config is whole; {sorted(options)[0]!r} beside it is unknown")
             settings = AutoConfig.for_model(**config)
         else:
             settings = _text_config(name, pretrained=pretrained, options=options)

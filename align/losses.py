@@ -58,8 +58,14 @@ class InfoNCE(nn.Module):
         self.label_smoothing = label_smoothing
 
     def scale(self) -> Float[Tensor, ""]:
-        """What similarities are multiplied by: the inverse temperature, within its bound."""
-        return self.logit_scale.clamp(max=self.max_logit_scale).exp()
+        """What similarities are multiplied by: the inverse temperature.
+
+        An optimiser may overshoot the bound; the parameter is set back to it, not merely clamped,
+        since beyond it there would be no gradient to come back by.
+        """
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=self.max_logit_scale)
+        return self.logit_scale.exp()
 
     def forward(
         self,
@@ -75,10 +81,6 @@ class InfoNCE(nn.Module):
             labels: rows of equal label are right for each other; None = row i for row i alone.
         """
         with torch.autocast(image.device.type, enabled=False):
-            with (
-                torch.no_grad()
-            ):  # back to the bound: beyond it there is no gradient to come back by
-                self.logit_scale.clamp_(max=self.max_logit_scale)
             exact = torch.promote_types(image.dtype, torch.float32)
             image, text = image.to(exact), text.to(exact)
             all_image, all_text = gather_rows(image), gather_rows(text)

@@ -121,7 +121,15 @@ def _clear(out: Path) -> None:
     """Remove what a demo writes, and nothing else."""
     for name in ("shards", "pretrain", "bundle", "table", "index", "evaluate", "pairs", "fuse"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("results.json", "report.html", "config.yaml", "environment.json", "seconds.json"):
+    for name in (
+        ".table.lock",
+        ".index.lock",
+        "results.json",
+        "report.html",
+        "config.yaml",
+        "environment.json",
+        "seconds.json",
+    ):
         (out / name).unlink(missing_ok=True)
 
 

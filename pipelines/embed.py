@@ -147,7 +147,8 @@ def _run(config: EmbedConfig) -> int:
         rows_per_part=config.rows_per_part,
         origin={"model": whereabouts(config.model), "data": str(config.data.resolve())},
     )
-    run_folder.write_json(config.out / "data_report.json", tally.report())
+    if tally.seen:  # nothing is, where the table was complete before
+        run_folder.write_json(config.out / "data_report.json", tally.report())
     bad = tally.bad
     listed = f", {bad} bad samples left out (data_report.json)" if bad else ""
     print(f"{config.out}: {table.rows} rows{listed}")

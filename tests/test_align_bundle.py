@@ -205,7 +205,7 @@ DAMAGE = [
     edit("unknown option", "model", "text", "options", "no_such", to=1),
     edit("another width", "model", "dim", to=8),
     edit("a width of text", "model", "dim", to="wide"),
-    edit("another depth", "model", "text", "options", "num_hidden_layers", to=2),
+    edit("another depth", "model", "text", "options", "config", "num_hidden_layers", to=2),
 ]
 
 

@@ -308,7 +308,7 @@ def test_evaluate_prints_and_keeps_figures_with_intervals(place, tmp_path, capsy
     images = model.encode_image([picture(*name.split()) for name in names])
     right = (images @ model.encode_text(names).T).argmax(dim=1) == torch.arange(48)
     assert value["image_to_text_recall@1"] == pytest.approx(right.float().mean().item())
-    assert value["image_to_text_recall@1"] > 0.2, "the model of these tests has learned something"
+    assert value["image_to_text_recall@1"] > 5 / 48, "five times chance: it has learned something"
 
 
 def test_the_shards_alone_are_evaluated_by_retrieval(place, capsys):
