@@ -15,6 +15,7 @@ from pipelines.cli import parse
 from pipelines.config import ConfigError
 from pipelines.schemas import DemoConfig
 from shards import demo as built_in
+from shards.sources import Record
 
 SUBGROUPS = ["heart", "geometric", "time", "hand-fingers-open", "person-sport"]
 SMALL = [
@@ -218,3 +219,23 @@ def test_at_most_so_many_queries_of_a_base_chosen_by_their_text_alone():
     assert [pair.base for pair in kept].count("dot") == 2
     assert set(demo.at_most(pairs[::-1], 5)) == set(kept)
     assert set(demo.at_most(pairs, 3)) <= set(kept)
+
+
+class Drawings:
+    """A split of three hearts by one artist, each drawn as told."""
+
+    def __init__(self, *pictures: bytes) -> None:
+        self.pictures = pictures
+
+    def records(self) -> list[Record]:
+        return [
+            Record(colour, picture, f"{colour} heart", {"vendor": "one"})
+            for colour, picture in zip(("red", "blue", "green"), self.pictures, strict=True)
+        ]
+
+
+def test_concepts_that_an_artist_draws_alike_to_the_byte_make_no_query(monkeypatch):
+    monkeypatch.setitem(built_in.SPLITS, "three", Drawings(b"a", b"b", b"c"))
+    assert len(demo._pairs_of("three")) == 6
+    monkeypatch.setitem(built_in.SPLITS, "three", Drawings(b"a", b"b", b"a"))
+    assert demo._pairs_of("three") == []
