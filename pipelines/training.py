@@ -15,12 +15,12 @@ from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
 from align.tokenizer import Tokenizer
-from pipelines.captions import CaptionWriter, train_tokenizer
+from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.decode import resize
-from shards.loader import Batch, ShardLoader
+from shards.loader import Batch, ShardLoader, iterate
 from shards.manifest import Manifest
 
 
@@ -70,6 +70,8 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     manifest = Manifest.open(config.data)
     captions = CaptionWriter(config.captions, seed=config.seed)
     augment, loader = make_augment(config), make_loader(config, manifest, accelerator)
+    # The first sample tells whether the field is there, before anything is written.
+    positive_labels(next(iterate(manifest, batch_size=1, image_size=8)), config.loss.positives)
     tokenizer = make_tokenizer(config, manifest, captions)
     torch.manual_seed(config.seed)
     loss = InfoNCE(

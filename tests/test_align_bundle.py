@@ -285,3 +285,39 @@ def test_a_first_bundle_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(model, tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bundle_of_a_pretrained_folder_stands_alone(tmp_path, dtype):
+    """Weights as a hub has them: with keys of their own in the configuration, perhaps in bf16."""
+    from pairs_corpus import tiny_tokenizer
+    from transformers import AutoConfig, AutoModel
+
+    from align.model import DualEncoder, DualEncoderConfig, Tower
+
+    tokenizer = tiny_tokenizer()
+    settings = AutoConfig.for_model("bert", **TINY_BERT, vocab_size=len(tokenizer), colour="odd")
+    hub = tmp_path / "hub"
+    AutoModel.from_config(settings).to(dtype).save_pretrained(hub)
+    config = DualEncoderConfig(
+        image=Tower("timm:resnet10t", TINY_RESNET),
+        text=Tower(f"hf:{hub}", {"pretrained": True, "pooler": "cls"}),
+        dim=16,
+        image_size=32,
+        context_length=16,
+    )
+    model = DualEncoder(config, tokenizer)
+    save(model, tmp_path / "bundle")
+    expected = model.encode_text(TEXTS)
+    for path in sorted(hub.iterdir()):
+        path.unlink()
+    assert torch.equal(load(tmp_path / "bundle").encode_text(TEXTS), expected)
+
+
+def test_a_name_without_an_owner_never_asks_the_network(monkeypatch):
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    with pytest.raises(ValueError, match="no such folder"):
+        load("nothing-of-this-name")

@@ -36,6 +36,7 @@ IMAGE_TOWERS: dict[str, dict[str, Any]] = {
         "depths": [1, 1],
         "num_heads": [2, 2],
     },
+    "mobilenetv3_small_050": {},  # widens what it pooled once more
 }
 DISTILBERT: dict[str, Any] = {
     "dim": 32,
@@ -91,9 +92,16 @@ def test_an_image_tower_has_the_width_it_declares(name):
     features = tower(images(3))
     assert features.pooled.shape == (3, tower.width)
     assert features.tokens.shape[0] == 3
-    assert features.tokens.shape[2] == tower.width
+    assert features.tokens.shape[2] == tower.token_width
     assert features.mask.shape == features.tokens.shape[:2]
     assert features.mask.all()
+
+
+def test_a_picture_size_that_a_tower_does_not_take_is_told():
+    image_tower("resnet10t").check_size(48)
+    image_tower("vit_tiny_patch16_224").check_size(32)
+    with pytest.raises(ValueError, match=r"does not take pictures of 48 px .*img_size"):
+        image_tower("vit_tiny_patch16_224").check_size(48)
 
 
 @every_text_tower

@@ -14,6 +14,7 @@ import yaml
 from pipelines import cli
 from pipelines.cli import VERBS, main, parse
 from pipelines.config import ConfigError
+from pipelines.schemas import SearchConfig
 
 HEAVY = ("torch", "transformers", "timm", "accelerate", "faiss", "sklearn", "matplotlib", "pyarrow")
 _LIGHT = """
@@ -280,3 +281,36 @@ def test_every_line_of_a_configuration_error_is_shown(capsys):
     assert len(err.splitlines()) == 3
     with pytest.raises(ConfigError):
         parse("pretrain", ["a", "b", "model.dimm=3", "seed=x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["woman: dark skin tone"], "woman: dark skin tone"),
+        (["--text", "woman: dark skin tone"], "woman: dark skin tone"),
+        (["text=1984"], "1984"),
+        (["--text=#1"], "#1"),
+        (["e=mc2"], "e=mc2"),
+    ],
+)
+def test_a_text_is_taken_literally(arguments, text):
+    found = parse("search", arguments)
+    assert isinstance(found, SearchConfig)
+    assert found.text == text
+
+
+def test_a_path_of_digits_is_a_path():
+    assert parse("index", ["table", "out=2024"]).model_dump(mode="json")["out"] == "2024"
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("seed=-1", "seed"),
+        ("seed=10000000000", "seed"),
+        ("stages=[{until: 0.6, image_size: 8}, {until: 0.3, image_size: 16}]", "stages"),
+    ],
+)
+def test_what_could_only_fail_later_fails_at_the_door(argument, says):
+    with pytest.raises(ConfigError, match=says):
+        parse("pretrain", ["data", "out", argument])

@@ -409,8 +409,8 @@ def test_a_mistake_in_the_configuration_is_one_line_and_no_run(
     assert code == 2, err
     assert says in err
     assert len(err.splitlines()) == 1
-    out = tmp_path / "run"
-    assert not [path for path in out.rglob("*") if "step" in path.name or path.name == "bundle"]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # --- steps without a finite gradient ---
@@ -440,6 +440,31 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path,
     assert progress["skipped"] == 5
     model = align.load(out / "bundle")
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_skipped_step_leaves_running_statistics_alone(data, tmp_path, monkeypatch):
+    original = training.ContrastiveObjective.forward
+    seen: list[int] = []
+
+    def forward(self, images, *rest):
+        seen.append(len(seen))
+        handle = None
+        if len(seen) == 3:  # NaN inside the tower, where batch normalisation meets it
+            stem = next(part for part in self.model.image.modules() if hasattr(part, "stride"))
+            handle = stem.register_forward_hook(lambda *call: call[2] * float("nan"))
+        try:
+            return original(self, images, *rest)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    monkeypatch.setattr(training.ContrastiveObjective, "forward", forward)
+    out = tmp_path / "run"
+    assert pretrain.run(config(tiny_pretrain(data, out))) == 0
+    assert [line["finite"] for line in metrics(out)][:4] == [1, 1, 0, 1]
+    state = align.load(out / "bundle").state_dict()
+    assert any("running_mean" in name for name in state)
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_five_in_a_row_end_the_run_with_the_last_checkpoint_whole(data, tmp_path, monkeypatch):

@@ -502,3 +502,37 @@ def test_mistakes_of_pack_are_one_line_and_leave_nothing(tmp_path, capsys):
     }.items():
         assert says in refused(capsys, "pack", *arguments)
         assert not (tmp_path / "out").exists()
+
+
+def test_one_caption_under_two_labels_is_two_candidates(tmp_path):
+    """Two dogs, two ids, one caption: each picture has its own right answer, and they tie."""
+    from dataclasses import replace
+
+    from pipelines.embed import EmbeddedPairs
+    from pipelines.evaluate import retrieval_report
+
+    pairs = EmbeddedPairs(
+        images=np.eye(3, dtype=np.float32),
+        texts=np.eye(3, dtype=np.float32)[[0, 0, 2]],
+        captions=["a dog", "a dog", "a cat"],
+        fields=[{"id": "1"}, {"id": "2"}, {"id": "3"}],
+        ids=np.arange(3),
+        keys=["a", "b", "c"],
+        fingerprint="none",
+        bad=0,
+    )
+    report = retrieval_report(pairs, label="id")
+    assert (report.protocol["images"], report.protocol["texts"]) == (3, 3)
+    same = replace(pairs, fields=[{"id": "1"}, {"id": "1"}, {"id": "3"}])
+    assert retrieval_report(same, label="id").protocol["texts"] == 2
+
+
+@pytest.mark.parametrize("verb", ["embed", "index"])
+def test_two_writers_of_one_folder_are_refused(place, tmp_path, capsys, verb):
+    from pipelines import run_folder
+
+    out = tmp_path / "out"
+    sources = {"embed": [f"{place}/run/bundle", f"{place}/two"], "index": [f"{place}/table"]}
+    with run_folder.locked_beside(out):
+        assert "another run is at work here" in refused(capsys, verb, *sources[verb], str(out))
+    assert not out.exists()
