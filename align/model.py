@@ -150,6 +150,8 @@ class DualEncoder(nn.Module):
             images: PIL pictures of any size and mode, or a uint8 tensor of the model's image size.
             batch_size: pictures at a time.
         """
+        if isinstance(images, Image.Image):
+            raise ValueError("encode_image takes a list of pictures, not one picture")
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(images), batch_size):

@@ -150,10 +150,10 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
         argument = rest.pop(0)
         assigned = _OVERRIDE.match(argument)
         if assigned and (argument.startswith("--") or not _is_words(schema, assigned, positional)):
-            key = assigned[1].replace("-", "_")
+            key = _key(assigned[1])
             overrides.append((key, value_for(schema, key, assigned[2])))
         elif argument.startswith("--"):
-            key = argument[2:].replace("-", "_")
+            key = _key(argument[2:])
             field = schema.model_fields.get(key)
             flag = not rest or (field is not None and field.annotation is bool)
             overrides.append((key, True if flag else value_for(schema, key, rest.pop(0))))
@@ -168,6 +168,12 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
     for path, value in overrides:
         override(values, path, value)
     return build(schema, values, origin=origin)
+
+
+def _key(written: str) -> str:
+    """A key as in the schema: `--batch-size` is `batch_size`; names below keep their hyphens."""
+    first, dot, rest = written.partition(".")
+    return first.replace("-", "_") + dot + rest
 
 
 def _is_words(schema: type[Config], assigned: re.Match[str], positional: Sequence[str]) -> bool:
