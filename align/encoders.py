@@ -111,7 +111,7 @@ class TimmImageEncoder(nn.Module):
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the image tower does not take pictures of {size} px ({_first_line(error)}); "
-                "towers of a fixed size take the options img_size or dynamic_img_size"
+                f"add model.image.options.img_size={size}, or choose another model.image_size"
             ) from error
         finally:
             self.train(training)

@@ -1,10 +1,13 @@
 """Folders that are written whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 UNFINISHED = ".writing"
 """How the name of a folder ends while it is being written."""
@@ -33,9 +36,13 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
         beside.rename(target)
-    except BaseException:
+    except BaseException as error:
         _put_back(previous, target)
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # it hides a full disk behind a name of its own
+            raise OSError(
+                errno.EIO, f"could not be written: {damage(error)}", str(target)
+            ) from error
         raise
     _flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)

@@ -4,6 +4,7 @@ This module and all it imports stay free of torch, so that help and mistakes com
 Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130 interrupted.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [argument for argument in given if argument != "--traceback"]
     try:
         sys.exit(_dispatch(given))
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
             traceback.print_exc()
@@ -127,6 +131,8 @@ def _dispatch(given: list[str]) -> int:
     if "--print" in rest:
         print(to_yaml(config), end="")
         return 0
+    if missing := config.missing_places():
+        raise ConfigError("\n".join(missing))
     run: Callable[[Config], int | None] = resolve_name(verb.run)
     return run(config) or 0
 
@@ -150,10 +156,10 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
         argument = rest.pop(0)
         assigned = _OVERRIDE.match(argument)
         if assigned and (argument.startswith("--") or not _is_words(schema, assigned, positional)):
-            key = _key(assigned[1])
+            key = assigned[1].replace("-", "_")
             overrides.append((key, value_for(schema, key, assigned[2])))
         elif argument.startswith("--"):
-            key = _key(argument[2:])
+            key = argument[2:].replace("-", "_")
             field = schema.model_fields.get(key)
             flag = not rest or (field is not None and field.annotation is bool)
             overrides.append((key, True if flag else value_for(schema, key, rest.pop(0))))
@@ -167,13 +173,9 @@ def parse(name: str, arguments: Sequence[str]) -> Config:
             raise ConfigError(f"{argument!r} is one value too many; {name} takes {takes}")
     for path, value in overrides:
         override(values, path, value)
+    if overrides and not origin.startswith("the arguments"):
+        origin = f"{origin} and the arguments"
     return build(schema, values, origin=origin)
-
-
-def _key(written: str) -> str:
-    """A key as in the schema: `--batch-size` is `batch_size`; names below keep their hyphens."""
-    first, dot, rest = written.partition(".")
-    return first.replace("-", "_") + dot + rest
 
 
 def _is_words(schema: type[Config], assigned: re.Match[str], positional: Sequence[str]) -> bool:

@@ -20,10 +20,22 @@ class Config(BaseModel):
 
     Class attributes:
         positional: keys that may be given on the command line without their name, in order.
+        must_exist: keys of files and folders that are read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     positional: ClassVar[tuple[str, ...]] = ()
+    must_exist: ClassVar[tuple[str, ...]] = ()
+
+    def missing_places(self) -> list[str]:
+        """A line for each file or folder that has to be there and is not; costs no import."""
+        places = {key: getattr(self, key) for key in self.must_exist}
+        return [
+            f"{key}: there is no file or folder {place}"
+            for key, given in places.items()
+            for place in (given if isinstance(given, list) else [given])
+            if place is not None and not place.exists()
+        ]
 
 
 Model = TypeVar("Model", bound=Config)
@@ -151,7 +163,7 @@ def _explain(schema: type[Config], detail: ErrorDetails) -> str:
     match detail["type"]:
         case "extra_forbidden":
             known = _known_keys(schema, detail["loc"][:-1])
-            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}? " if near else ""
             return f"{path}: unknown key; {hint}known: {', '.join(known)}"
         case "missing":

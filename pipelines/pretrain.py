@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +44,12 @@ def run(config: PretrainConfig) -> int:
             resume(training)
         if accelerator.is_main_process:
             record(training)
+            print(plan(training), flush=True)
         finished = train(training)
         if finished and accelerator.is_main_process:
             save_bundle(training)
+            done = training.step * config.batch_size
+            print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0 if finished else 130
@@ -85,6 +89,23 @@ _MAY_CHANGE = {
     "keep",
     "validation",
 }
+
+
+def plan(training: Training) -> str:
+    """What lies ahead, in one line."""
+    config, total = training.config, training.loader.num_samples
+    parameters = sum(one.numel() for one in training.objective.parameters())
+    seen = training.step * config.batch_size
+    return (
+        f"{total:,} samples in {config.data}; {training.steps:,} steps of {config.batch_size} are "
+        f"{config.samples / total:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
+        f"{training.accelerator.device}" + (f"; {seen:,} samples done before" if seen else "")
+    )
+
+
+def bundle_of(config: PretrainConfig) -> Path:
+    """Where the trained model goes."""
+    return config.bundle or config.out / "bundle"
 
 
 def record(training: Training) -> None:
@@ -294,7 +315,7 @@ def save_bundle(training: Training) -> None:
     config = training.config
     save(
         training.chosen_model,
-        config.bundle or config.out / "bundle",
+        bundle_of(config),
         card=_CARD.format(
             image=config.model.image.name,
             text=config.model.text.name,

@@ -59,6 +59,8 @@ class TrainingLog:
         self, path: Path | None, *, steps: int, done: int, batch_size: int, every: int
     ) -> None:
         self.path = path
+        self.steps = steps
+        self._steps = 0
         self.every = every
         self.batch_size = batch_size
         self._sums: dict[str, float] = defaultdict(float)
@@ -82,6 +84,11 @@ class TrainingLog:
     def step(self, step: int, measured: dict[str, float]) -> dict[str, Any] | None:
         """Take in a step; returns the line where one is due, for the caller to complete."""
         self._count += 1
+        self._steps += 1
+        if self._steps == _ENOUGH_TO_TELL and self._bar.disable:
+            seconds = (time.perf_counter() - self._since) / _ENOUGH_TO_TELL
+            left = seconds * (self.steps - step)
+            self.say(f"about {_duration(left)} to go at {self.batch_size / seconds:.0f} samples/s")
         for name, value in measured.items():
             self._sums[name] += value
         self._bar.update(self.batch_size)
@@ -122,6 +129,16 @@ class TrainingLog:
         """Print a line above the bar."""
         if self.path is not None:
             tqdm.write(text)
+
+
+_ENOUGH_TO_TELL = 3
+"""Steps after which the time that is left can be told."""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 _SHOWN = (

@@ -19,6 +19,7 @@ WHERE = (
     "Keep samples whose field has this value, or one of these values: {field: value or [values]}."
 )
 DEMO_TASKS = ("unseen artist", "unseen artist, by subgroup", "unseen concepts")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BUILT_IN_SPLITS = ("train", "vendor", "unseen")
 IMAGE_LIBRARIES = ("timm",)
 TEXT_LIBRARIES = ("hf",)
@@ -36,6 +37,7 @@ class PackConfig(Config):
     """Image-text pairs into WebDataset shards with a manifest."""
 
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
+    must_exist: ClassVar[tuple[str, ...]] = ("source",)
 
     source: Path | list[Path] = Field(
         description="Parquet file or files with image bytes, or a folder of pictures with\n"
@@ -178,6 +180,7 @@ class PretrainConfig(Config):
     """A dual encoder trained with a contrastive objective."""
 
     positional: ClassVar[tuple[str, ...]] = ("data", "out")
+    must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
     data: Path = Field(description="Folder of training shards.")
     out: Path = Field(description="Run folder: config, metrics, checkpoints, bundle.")
@@ -240,6 +243,7 @@ class EmbedConfig(Config):
     """Shards through a model into an embedding table."""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "data", "out")
+    must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
     model: str = Field(description="A bundle: folder or hub id.")
     data: Path = Field(description="Folder of shards.")
@@ -254,6 +258,7 @@ class IndexConfig(Config):
     """An embedding table into a FAISS index."""
 
     positional: ClassVar[tuple[str, ...]] = ("table", "out")
+    must_exist: ClassVar[tuple[str, ...]] = ("table",)
 
     table: Path = Field(description="Folder that `align embed` wrote.")
     out: Path = Field(description="Folder of the index.")
@@ -267,6 +272,7 @@ class SearchConfig(Config):
     """Pictures for a text, a picture, or both."""
 
     positional: ClassVar[tuple[str, ...]] = ("text",)
+    must_exist: ClassVar[tuple[str, ...]] = ("index", "image", "head")
 
     text: str | None = Field(default=None, description="What to look for, in words.")
     image: Path | None = Field(default=None, description="A picture to look for.")
@@ -279,7 +285,14 @@ class SearchConfig(Config):
         description="A trained fusion head for picture and text together; null = their mean.",
     )
     k: PositiveInt = Field(default=12, description="How many hits.")
-    out: Path = Field(default=Path("search.png"), description="Picture of the hits (PNG).")
+    out: Path = Field(default=Path("search.png"), description="Picture of the hits.")
+
+    @field_validator("out")
+    @classmethod
+    def _picture(cls, out: Path) -> Path:
+        if out.suffix.lower() not in PICTURE_SUFFIXES or out.is_dir():
+            raise ValueError(f"{out} is no picture file; name one, such as hits.png")
+        return out
 
     @model_validator(mode="after")
     def _asks(self) -> "SearchConfig":
@@ -302,6 +315,7 @@ class EvaluateConfig(Config):
     """A model on zero-shot classification and retrieval, with 95 % intervals."""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "data")
+    must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
     model: str = Field(description="A bundle: folder or hub id.")
     data: Path | None = Field(
@@ -343,6 +357,8 @@ class HeadConfig(Config):
 
 class FuseConfig(Config):
     """Fusion heads on composed retrieval: a picture and a change in words find the target."""
+
+    must_exist: ClassVar[tuple[str, ...]] = ("data", "pairs", "test_data", "index", "test_pairs")
 
     model: str = Field(description="A bundle: folder or hub id.")
     data: Path = Field(description="Shards of the pictures to train on.")

@@ -48,7 +48,9 @@ def run(config: SearchConfig) -> int:
         for score, row in zip(found.scores[0], found.rows[0], strict=True)
     ]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(asked, hits).save(config.out)
+    beside = config.out.with_name(f".writing-{config.out.name}")
+    draw_grid(asked, hits).save(beside)
+    beside.replace(config.out)
     print(f"picture: {config.out}")
     return 0
 

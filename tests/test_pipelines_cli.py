@@ -13,7 +13,7 @@ import yaml
 
 from pipelines import cli
 from pipelines.cli import VERBS, main, parse
-from pipelines.config import ConfigError
+from pipelines.config import Config, ConfigError
 from pipelines.schemas import SearchConfig
 
 HEAVY = ("torch", "transformers", "timm", "accelerate", "faiss", "sklearn", "matplotlib", "pyarrow")
@@ -78,6 +78,7 @@ def test_the_package_align_is_light_until_it_is_used():
 
 def running(monkeypatch, verb: str, run) -> None:
     monkeypatch.setattr(cli, "resolve_name", lambda _: run)
+    monkeypatch.setattr(Config, "missing_places", lambda _: [])
     assert verb in VERBS
 
 
@@ -314,3 +315,49 @@ def test_a_path_of_digits_is_a_path():
 def test_what_could_only_fail_later_fails_at_the_door(argument, says):
     with pytest.raises(ConfigError, match=says):
         parse("pretrain", ["data", "out", argument])
+
+
+FUSE_READS = ("data", "pairs", "test_data", "index", "test_pairs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["pretrain", "nowhere", "out"], ["data: there is no file or folder nowhere"]),
+        (
+            ["fuse", "model=m", "out=o", *(f"{key}=x" for key in FUSE_READS)],
+            [f"{key}: there is no" for key in FUSE_READS],
+        ),
+        (
+            ["search", "x", "index=ix", "image=cat.png"],
+            ["index: there is no", "image: there is no"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_at_once_and_without_torch(arguments, lines, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipelines.cli", *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert len(said) == len(lines)
+    assert all(line in one for line, one in zip(lines, said, strict=True))
+    assert " torch" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_had_enough_is_no_mistake():
+    script = "import sys; from pipelines.cli import main; main(['config', 'pretrain'])"
+    command = f'{sys.executable} -c "{script}" | head -c 1'
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("out", ["hits", "hits.txt", "."])
+def test_hits_are_drawn_to_a_picture_file(out):
+    with pytest.raises(ConfigError, match=r"no picture file; name one, such as hits\.png"):
+        parse("search", ["red", f"out={out}"])

@@ -487,7 +487,7 @@ def test_pack_a_folder_and_a_table_and_say_what_was_left_out(tmp_path, capsys):
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     run("pack", f"{tmp_path}/t.parquet", f"{tmp_path}/table", "image=png", "caption=text",
         "where.kind=[red, blue]", "key=a-{kind}")  # fmt: skip
-    assert "2 samples in 1 shards" in capsys.readouterr().out
+    assert "2 samples in 1 shard" in capsys.readouterr().out
 
 
 def test_mistakes_of_pack_are_one_line_and_leave_nothing(tmp_path, capsys):
