@@ -131,7 +131,7 @@ def test_shards_of_others_are_never_overwritten(tmp_path):
 def test_a_data_set_is_replaced_only_on_request_and_only_by_a_whole_one(tmp_path):
     pack(records(25), tmp_path, samples_per_shard=5)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="ask to overwrite it"):
+    with pytest.raises(ValueError, match="set overwrite"):
         pack(records(3), tmp_path)
 
     def breaks():
