@@ -1,0 +1,25 @@
+"""What each verb can be told: every key, its type, its default and what it means.
+
+Nothing here imports torch. `align config VERB` prints these with their comments.
+"""
+
+from pipelines.schemas.data import PackConfig
+from pipelines.schemas.demo import DEMO_TASKS, DemoConfig
+from pipelines.schemas.evaluation import EvaluateConfig, FuseConfig, HeadConfig, TaskConfig
+from pipelines.schemas.training import ModelConfig, PretrainConfig
+from pipelines.schemas.use import EmbedConfig, IndexConfig, SearchConfig
+
+__all__ = [
+    "DEMO_TASKS",
+    "DemoConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "FuseConfig",
+    "HeadConfig",
+    "IndexConfig",
+    "ModelConfig",
+    "PackConfig",
+    "PretrainConfig",
+    "SearchConfig",
+    "TaskConfig",
+]

@@ -1,0 +1,199 @@
+"""What `pretrain` can be told."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from pipelines.config import Config
+from pipelines.schemas.values import WHERE, NonNegativeInt, Seed, Share, Where
+
+IMAGE_LIBRARIES = ("timm",)
+TEXT_LIBRARIES = ("hf",)
+
+
+def _tower_name(name: str, libraries: tuple[str, ...]) -> str:
+    library, separator, rest = name.partition(":")
+    if not separator or not rest or library not in libraries:
+        known = ", ".join(f"{library}:NAME" for library in libraries)
+        raise ValueError(f"unknown tower {name!r}; known: {known}")
+    return name
+
+
+class ImageTowerConfig(Config):
+    """The image tower."""
+
+    name: str = Field(default="timm:resnet18", description="timm:ARCHITECTURE.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to timm.create_model; also pretrained, mean, std.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _tower_name(name, IMAGE_LIBRARIES)
+
+
+class TextTowerConfig(Config):
+    """The text tower."""
+
+    name: str = Field(
+        default="hf:bert", description="hf:ARCHITECTURE from scratch, or hf:HUB-ID-OR-FOLDER."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the model's configuration; also pretrained and\n"
+        "pooler (mean, max, cls, last).",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _tower_name(name, TEXT_LIBRARIES)
+
+
+class ModelConfig(Config):
+    """Two towers and the space between them."""
+
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+    dim: PositiveInt = Field(default=256, description="Width of the aligned space.")
+    image_size: PositiveInt = Field(default=224, description="Side of the pictures, in pixels.")
+    context_length: PositiveInt = Field(default=77, description="Longest text, in tokens.")
+
+
+class TokenizerConfig(Config):
+    """Where the vocabulary comes from."""
+
+    name: str | None = Field(
+        default=None, description="Folder or hub id of a tokenizer; null = trained on the captions."
+    )
+    vocabulary_size: PositiveInt = Field(
+        default=8192, description="Largest vocabulary, where it is trained."
+    )
+
+
+class LossConfig(Config):
+    """InfoNCE with a learnable temperature."""
+
+    temperature: PositiveFloat = Field(default=0.07, description="Where it starts.")
+    min_temperature: PositiveFloat = Field(default=0.01, description="How low it may go.")
+    label_smoothing: Share = Field(default=0.0, description="Share of the target spread evenly.")
+    positives: str = Field(
+        default="caption",
+        description="Samples that agree in this field are right for each other:\n"
+        "caption, or a field of the JSON member.",
+    )
+
+
+class OptimizerConfig(Config):
+    """The optimiser, its linear warm-up and half a cosine."""
+
+    name: str = Field(default="adamw", description="adamw, or any optimiser of timm, such as muon.")
+    options: dict[str, Any] = Field(
+        default={"betas": [0.9, 0.98]}, description="Keyword arguments of the optimiser."
+    )
+    learning_rate: PositiveFloat = Field(default=5e-4, description="At its peak.")
+    floor: Share = Field(default=0.0, description="Where the cosine ends, as a share of the peak.")
+    warmup: Share = Field(default=0.05, description="Share of the run that warms up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.1, description="On matrices and kernels; never on gains, biases, temperature."
+    )
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="Longer gradients are cut.")
+    average: Share = Field(
+        default=0.0,
+        description="Decay of the running average of the weights, which is then what is\n"
+        "evaluated and saved; 0 = none.",
+    )
+
+
+class AugmentConfig(Config):
+    """Random changes to training pictures, drawn from (seed, epoch, sample)."""
+
+    enabled: bool = Field(default=True, description="false = pictures as they are.")
+    decode_size: PositiveInt | None = Field(
+        default=None,
+        description="Side of the pictures that are augmented; null = model.image_size.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of shards.augment.Augment."
+    )
+
+
+class StageConfig(Config):
+    """A first part of the run on smaller pictures."""
+
+    until: Share = Field(description="Share of the run at which it ends.")
+    image_size: PositiveInt = Field(description="Side of the pictures, in pixels.")
+
+
+class ValidationConfig(Config):
+    """Retrieval on held-out pairs while training."""
+
+    data: Path | None = Field(default=None, description="Shards; null = none.")
+    where: Where = Field(default_factory=dict, description=WHERE)
+    every: PositiveInt = Field(default=100_000, description="After this many samples.")
+
+
+class PretrainConfig(Config):
+    """A dual encoder trained with a contrastive objective."""
+
+    positional: ClassVar[tuple[str, ...]] = ("data", "out")
+    must_exist: ClassVar[tuple[str, ...]] = ("data",)
+
+    data: Path = Field(description="Folder of training shards.")
+    out: Path = Field(description="Run folder: config, metrics, checkpoints, bundle.")
+    bundle: Path | None = Field(
+        default=None, description="Where the trained model goes; null = bundle in out."
+    )
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    captions: list[str] = Field(
+        default=["{caption}"],
+        min_length=1,
+        description="Ways to write a caption, one drawn for each sample and epoch; {caption} or\n"
+        "any field of the JSON member. Repeat one to draw it more often.",
+    )
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+    stages: list[StageConfig] = Field(
+        default_factory=list,
+        description="Smaller pictures first: [{until: 0.6, image_size: 32}]; what remains of the\n"
+        "run is at model.image_size.",
+    )
+    batch_size: PositiveInt = Field(
+        default=256, description="Global batch: all processes together."
+    )
+    samples: PositiveInt = Field(default=1_000_000, description="How many to train on in all.")
+    precision: Literal["fp32", "bf16"] = Field(default="bf16", description="Of the towers.")
+    seed: Seed = Field(default=0, description="Of weights, order, augmentation, dropout.")
+    lanes: PositiveInt = Field(
+        default=64,
+        description="Parallel lanes the data is read in; a multiple of the number of processes,\n"
+        "and a divisor of batch_size. Part of the order: changing it changes the order.",
+    )
+    workers: NonNegativeInt = Field(default=1, description="Decoding threads per process.")
+    max_bad_fraction: Share = Field(
+        default=0.05, description="The run stops where more of the samples are bad."
+    )
+    strict: bool = Field(default=False, description="Stop at the first bad sample.")
+    log_every: PositiveInt = Field(default=20, description="Steps between log lines.")
+    save_every: PositiveInt = Field(default=100_000, description="Samples between checkpoints.")
+    keep: PositiveInt = Field(default=2, description="Checkpoints to keep.")
+    validation: ValidationConfig = ValidationConfig()
+    resume: bool = Field(default=False, description="Go on from the newest checkpoint in out.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainConfig":
+        if self.batch_size % self.lanes:
+            raise ValueError(
+                f"batch_size: {self.batch_size} must be a multiple of lanes ({self.lanes})"
+            )
+        ends = [stage.until for stage in self.stages]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"stages: {ends} must ascend; a later stage ends later")
+        if self.samples < self.batch_size:
+            raise ValueError(f"samples: {self.samples} is less than one batch ({self.batch_size})")
+        return self
