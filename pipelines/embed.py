@@ -99,7 +99,7 @@ def embed_pairs(
         fields += [batch.fields[row] for row in rows]
         keys += [batch.keys[row] for row in rows]
     if not images:
-        raise ConfigError(f"{manifest.folder}: where={dict(where or {})} leaves no sample")
+        raise ConfigError(f"{manifest.place}: where={dict(where or {})} leaves no sample")
     distinct = list(dict.fromkeys(captions))
     place = {caption: row for row, caption in enumerate(distinct)}
     texts = model.encode_text(distinct, batch_size=batch_size).numpy()

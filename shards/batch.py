@@ -10,15 +10,9 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from shards.captions import CaptionRule
 from shards.damage import BadSample, Problem, Reason
-from shards.decode import (
-    Limits,
-    decode_caption,
-    decode_fields,
-    decode_image,
-    fit_square,
-    resize,
-)
+from shards.decode import Limits, decode_image, fit_square, resize
 from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
 from shards.read import ShardReader
 
@@ -35,7 +29,8 @@ class Batch:
 
     Attributes:
         images: Pictures; uint8 unless an augmentation made them something else.
-        captions: One per picture.
+        captions: One per picture, drawn where a sample has several.
+        all_captions: All that each sample has.
         ids: Sample ids, that is, rows of the manifest.
         keys: The samples' names.
         fields: The JSON member of each sample; empty where there is none.
@@ -45,6 +40,7 @@ class Batch:
 
     images: UInt8[Tensor, "b c s s"] | Float[Tensor, "b c s s"]
     captions: list[str]
+    all_captions: list[list[str]]
     ids: Int64[Tensor, " b"]
     keys: list[str]
     fields: list[dict[str, Any]]
@@ -104,7 +100,7 @@ class _Sample:
     """One decoded sample; the picture is `[height, width, channels]`."""
 
     image: UInt8[ndarray, "h w c"]
-    caption: str
+    captions: list[str]
     fields: dict[str, Any]
 
 
@@ -114,11 +110,15 @@ class Decoder:
     Args:
         manifest: The data set.
         picture: How pictures shall leave.
+        captions: Where captions stand.
     """
 
-    def __init__(self, manifest: Manifest, picture: Picture) -> None:
+    def __init__(
+        self, manifest: Manifest, picture: Picture, captions: CaptionRule | None = None
+    ) -> None:
         self.manifest = manifest
         self.picture = picture
+        self.captions = captions or CaptionRule()
         self.reader = ShardReader(manifest, max_bytes=picture.limits.image_bytes)
 
     def sample(self, sample: int) -> _Sample:
@@ -135,15 +135,11 @@ class Decoder:
             raise BadSample(Reason.NO_IMAGE, "none of its members is a picture")
         name = self.manifest.image_fields[choice]
         members = self.reader.read(sample, (name, CAPTION_FIELD, JSON_FIELD))
-        if CAPTION_FIELD not in members:
-            raise BadSample(Reason.NO_CAPTION, f"it has no .{CAPTION_FIELD} member")
         limits = self.picture.limits
-        caption = decode_caption(members[CAPTION_FIELD], limits=limits)
-        json_bytes = members.get(JSON_FIELD)
-        fields = decode_fields(json_bytes, limits=limits) if json_bytes is not None else {}
+        captions, fields = self.captions.read(members, limits)
         image = decode_image(members[name], channels=self.picture.channels, limits=limits)
         size = self.picture.stack_size or self.picture.size
-        return _Sample(fit_square(image, size), caption, fields)
+        return _Sample(fit_square(image, size), captions, fields)
 
 
 class Draft:
@@ -185,10 +181,12 @@ class Draft:
         assert len(samples) == len(slots)
         stack = torch.from_numpy(np.stack([sample.image for sample in samples]))
         stack = stack.permute(0, 3, 1, 2).contiguous()
+        captions = [sample.captions for sample in samples]
         ids, epoch = torch.from_numpy(self.ids[slots]), torch.from_numpy(epochs[slots])
         return Batch(
             images=self.decoder.picture.finish(stack, ids, epoch),
-            captions=[sample.caption for sample in samples],
+            captions=self.decoder.captions.draw(captions, self.ids[slots], epochs[slots]),
+            all_captions=captions,
             ids=ids,
             keys=self.decoder.manifest.keys.take(self.ids[slots]).to_pylist(),
             fields=[sample.fields for sample in samples],

@@ -1,6 +1,7 @@
 """Batches: an endless, resumable stream for training, and one pass in order for everything else."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -9,14 +10,31 @@ from typing import Any
 import numpy as np
 
 from shards.batch import Augment, Batch, Decoder, Draft, Picture
+from shards.captions import CaptionRule
 from shards.damage import DamageTally, Problem
 from shards.decode import Limits
 from shards.manifest import Manifest
-from shards.order import Order
+from shards.order import Mixture, Order
 from shards.prefetch import ordered_map
 
 # Far more than bad luck needs: at half of all samples bad, one place in 10^19 is left empty.
 _SUBSTITUTE_ATTEMPTS = 64
+# Batches whose bytes are asked for before their turn comes.
+_BATCHES_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several data sets that a stream mixes.
+
+    Attributes:
+        data: A manifest, or the place of a data set as `Manifest.open` takes it.
+        weight: Its share of the stream, in any unit; None takes its number of samples, so that all
+            sources come round equally often.
+    """
+
+    data: Manifest | Path | str
+    weight: float | None = None
 
 
 class ShardLoader:
@@ -34,7 +52,8 @@ class ShardLoader:
                 ...
 
     Args:
-        data: A manifest, or the folder of a data set.
+        data: A manifest, the place of a data set (see `Manifest.open`), or several weighted ones,
+            which are mixed as `Mixture` says.
         batch_size: Samples of a batch over all ranks; a multiple of `world_size`.
         image_size: Side of the pictures in pixels.
         seed: Names the order.
@@ -43,6 +62,7 @@ class ShardLoader:
         rank: Which share of each batch this process gets.
         world_size: Number of processes that share each batch.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
+        captions: Where captions stand; of several, one is drawn from (seed, epoch, sample).
         augment: Makes the pictures of a batch from the decoded ones.
         decode_size: Side of the pictures handed to `augment`; `image_size` unless stated.
         channels: 3 lays transparent pictures onto white; 4 keeps their alpha channel.
@@ -57,7 +77,7 @@ class ShardLoader:
 
     def __init__(
         self,
-        data: Manifest | Path | str,
+        data: Manifest | Path | str | Sequence[Source],
         *,
         batch_size: int,
         image_size: int,
@@ -67,6 +87,7 @@ class ShardLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        captions: Sequence[str] = (),
         augment: Augment | None = None,
         decode_size: int | None = None,
         channels: int = 3,
@@ -85,14 +106,17 @@ class ShardLoader:
             )
         if workers < 0:
             raise ValueError(f"workers={workers} must not be negative")
-        self.manifest = data if isinstance(data, Manifest) else Manifest.open(data)
-        sizes = [shard.samples for shard in self.manifest.shards]
-        self.order = Order(sizes, seed=seed, lanes=lanes, window=window)
+        sources = [Source(data)] if isinstance(data, Manifest | Path | str) else data
+        manifests = [_manifest(source.data) for source in sources]
+        self.manifest = Manifest.joined(manifests)
+        self.order = _order(sources, manifests, seed=seed, lanes=lanes, window=window)
         self.batch_size = batch_size
         self.consumed = 0
+        self._manifests = manifests
         self._rank, self._world_size, self._workers = rank, world_size, workers
         picture = Picture(image_size, channels, decode_size, augment, limits or Limits())
-        self._decoder = Decoder(self.manifest, picture)
+        rule = CaptionRule(tuple(captions), seed=seed)
+        self._decoder = Decoder(self.manifest, picture, rule)
         self._tally = DamageTally(
             total=len(self.manifest), max_fraction=max_bad_fraction, strict=strict
         )
@@ -100,7 +124,7 @@ class ShardLoader:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the data set, that is, positions per epoch."""
+        """Samples in the data set; over all sources, where there are several."""
         return self.order.total
 
     def __iter__(self) -> "ShardLoader":
@@ -111,6 +135,8 @@ class ShardLoader:
             starts = count(self.consumed, self.batch_size)
             ahead = 2 * self._workers
             self._stream = ordered_map(self._build, starts, workers=self._workers, ahead=ahead)
+            for coming in range(1, _BATCHES_AHEAD):
+                self._announce(self.consumed + coming * self.batch_size)
         try:
             batch, problems = next(self._stream)
             self._tally.add(len(batch), problems, replaced=True)
@@ -142,15 +168,31 @@ class ShardLoader:
     def report(self) -> dict[str, Any]:
         """What this rank met since it started: samples seen, bad ones by reason and by name.
 
-        `"left_out"` lists what the manifest already knew to be bad and never counted as a sample.
+        `"left_out"` lists what the manifest already knew to be bad and never counted as a sample;
+        `"sources"`, of a mixture, how much of each all ranks have consumed in the whole run.
         """
-        left_out = [problem.as_dict() for problem in self.manifest.problems]
-        return {
-            "data": str(self.manifest.folder),
+        report = {
+            "data": self.manifest.place,
             "fingerprint": self.manifest.fingerprint,
             **self._tally.report(),
-            "left_out": left_out,
+            "left_out": [problem.as_dict() for problem in self.manifest.problems],
         }
+        if isinstance(self.order, Mixture):
+            given = self.order.consumed(self.consumed)
+            report["sources"] = [
+                {
+                    "data": manifest.place,
+                    "fingerprint": manifest.fingerprint,
+                    "samples": len(manifest),
+                    "share": int(share) / int(self.order.counts.sum()),
+                    "consumed": consumed,
+                    "epochs": consumed / len(manifest),
+                }
+                for manifest, share, consumed in zip(
+                    self._manifests, self.order.counts, given, strict=True
+                )
+            ]
+        return report
 
     def close(self) -> None:
         """Ends the background threads and closes the shards; iterating again starts them anew."""
@@ -175,11 +217,11 @@ class ShardLoader:
 
     def _build(self, consumed: int) -> tuple[Batch, list[Problem]]:
         """This rank's share of the global batch that follows `consumed` samples."""
-        after = consumed + self.batch_size
-        positions = np.arange(consumed, after, dtype=np.int64)
-        positions = positions[positions % self._world_size == self._rank]
+        self._announce(consumed + _BATCHES_AHEAD * self.batch_size)
+        positions = self._positions(consumed)
         epochs = self.order.epochs(positions)
         draft = Draft(self.order.ids(positions), self._decoder)
+        after = consumed + self.batch_size
         first_problems = draft.problems
         for attempt in range(_SUBSTITUTE_ATTEMPTS):
             bad = draft.bad_slots
@@ -191,6 +233,46 @@ class ShardLoader:
             f"throughout: {first_problems[0]}"
         )
 
+    def _positions(self, consumed: int) -> np.ndarray:
+        """This rank's positions in the global batch that follows `consumed` samples."""
+        positions = np.arange(consumed, consumed + self.batch_size, dtype=np.int64)
+        return positions[positions % self._world_size == self._rank]
+
+    def _announce(self, consumed: int) -> None:
+        """Tells the storage which samples a later batch will need."""
+        self._decoder.reader.ahead(self.order.ids(self._positions(consumed)))
+
+
+def _manifest(data: Manifest | Path | str) -> Manifest:
+    return data if isinstance(data, Manifest) else Manifest.open(data)
+
+
+def _order(
+    sources: Sequence[Source], manifests: Sequence[Manifest], *, seed: int, lanes: int, window: int
+) -> Order | Mixture:
+    if not sources:
+        raise ValueError("no data set was named")
+    orders = [
+        # A seed of its own, so that equal sources are not in step; the first keeps the plain one.
+        Order(
+            [shard.samples for shard in manifest.shards],
+            seed=(seed + number * 0x9E3779B97F4A7C15) % 2**63,
+            lanes=lanes,
+            window=window,
+        )
+        for number, manifest in enumerate(manifests)
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    weights = [
+        float(order.total) if source.weight is None else source.weight
+        for source, order in zip(sources, orders, strict=True)
+    ]
+    given = {source.weight is None for source in sources}
+    if len(given) > 1:
+        raise ValueError("give every source a weight, or none of them")
+    return Mixture(orders, weights, seed=seed)
+
 
 def iterate(
     data: Manifest | Path | str,
@@ -200,6 +282,7 @@ def iterate(
     start: int = 0,
     stop: int | None = None,
     workers: int = 0,
+    captions: Sequence[str] = (),
     channels: int = 3,
     limits: Limits | None = None,
     tally: DamageTally | None = None,
@@ -210,12 +293,13 @@ def iterate(
     smaller where some are bad, and an empty one is left out.
 
     Args:
-        data: A manifest, or the folder of a data set.
+        data: A manifest, or the place of a data set.
         batch_size: Samples of a batch.
         image_size: Side of the pictures in pixels.
         start: First sample.
         stop: The sample after the last one; the number of samples unless stated.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
+        captions: Where captions stand; `Batch.captions` holds the first of each sample.
         channels: 3 lays transparent pictures onto white; 4 keeps their alpha channel.
         limits: What a sample may ask for.
         tally: Counts and lists the bad samples, and may stop the pass; read it afterwards.
@@ -227,7 +311,7 @@ def iterate(
         ValueError: If the range or an option is wrong, or the tally stops the pass.
         FileNotFoundError: If there is no such data set.
     """
-    manifest = data if isinstance(data, Manifest) else Manifest.open(data)
+    manifest = _manifest(data)
     stop = len(manifest) if stop is None else stop
     if batch_size < 1 or workers < 0:
         raise ValueError(
@@ -235,7 +319,8 @@ def iterate(
         )
     if not 0 <= start <= stop <= len(manifest):
         raise ValueError(f"samples {start} ... {stop} do not lie in 0 ... {len(manifest)}")
-    decoder = Decoder(manifest, Picture(image_size, channels, limits=limits or Limits()))
+    picture = Picture(image_size, channels, limits=limits or Limits())
+    decoder = Decoder(manifest, picture, CaptionRule(tuple(captions)))
     tally = tally if tally is not None else DamageTally(total=len(manifest))
     return _pass(decoder, range(start, stop, batch_size), stop, workers, tally)
 
@@ -244,6 +329,8 @@ def _pass(
     decoder: "Decoder", starts: range, stop: int, workers: int, tally: DamageTally
 ) -> Iterator[Batch]:
     def build(start: int) -> tuple[Batch | None, list[Problem]]:
+        coming = start + starts.step * _BATCHES_AHEAD
+        decoder.reader.ahead(np.arange(coming, min(coming + starts.step, stop), dtype=np.int64))
         after = min(start + starts.step, stop)
         draft = Draft(np.arange(start, after, dtype=np.int64), decoder)
         slots = np.flatnonzero(~draft.is_bad)

@@ -1,15 +1,17 @@
 """What a data set holds: shards, samples, and where the bytes of each sample lie.
 
-A data set is a folder of `.tar` files and two more: `manifest.json` (shards, sizes, hashes, known
+A data set is a folder of shards and two more files: `manifest.json` (shards, sizes, hashes, known
 problems) and `samples.parquet` (one row per sample, in shard order). The row number is the sample's
-stable id. Folders that others made get both files from one walk over the headers.
+stable id. Folders that others made get both files from one walk over the headers. A third file,
+`quarantine.json`, names samples that were found bad later; they are left out, and the ids of the
+others close up.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import replacing
-from shards.damage import Problem, Reason
+from shards.damage import BadSample, Problem, Reason
+from shards.storage import LocalStorage, Storage, storage_of
 from shards.tar import TarContent, read_tar
 
 MANIFEST_FILE = "manifest.json"
 SAMPLES_FILE = "samples.parquet"
+QUARANTINE_FILE = "quarantine.json"
 IMAGE_FIELDS = ("webp", "jpg", "jpeg", "png", "gif", "bmp")
 """Fields that hold a picture; a sample with several uses the first of them."""
 CAPTION_FIELD = "txt"
@@ -38,11 +42,12 @@ class Shard:
     """One tar file.
 
     Attributes:
-        name: File name inside the data set's folder.
+        name: File name inside its storage.
         samples: Number of samples.
         bytes: Size of the file.
         headers: SHA-256 of its tar headers.
         sha256: SHA-256 of the whole file; empty where only the headers were read.
+        source: Which of the manifest's storages it lies in.
     """
 
     name: str
@@ -50,39 +55,61 @@ class Shard:
     bytes: int
     headers: str
     sha256: str = ""
+    source: int = 0
 
 
 class Manifest:
     """A data set: its shards, and one row per sample.
 
     Get one with `Manifest.open` (load or, where there is none, scan), `Manifest.load`,
-    `Manifest.scan`, or from `shards.write.pack`.
+    `Manifest.scan`, `Manifest.joined`, or from `shards.write.pack`.
 
     Attributes:
-        folder: Where the shards lie.
+        storages: Where the shards lie: one place, or several for a joined manifest.
         shards: In order; sample ids run through them one after the other.
         samples: The table, one row per sample: `shard`, `key`, `<field>.offset`, `<field>.size`.
-        problems: What was found bad while packing or scanning and is therefore not a sample.
+        problems: What is known to be bad and is therefore not a sample: found while packing or
+            scanning, or set aside.
     """
 
     def __init__(
         self,
-        folder: Path,
+        storages: Storage | Sequence[Storage],
         shards: Sequence[Shard],
         samples: pa.Table,
         problems: Sequence[Problem] = (),
+        *,
+        fingerprint: str = "",
     ) -> None:
-        self.folder = folder
+        self.storages = (storages,) if isinstance(storages, Storage) else tuple(storages)
         self.shards = tuple(shards)
         self.samples = samples
         self.problems = tuple(problems)
+        self._fingerprint = fingerprint
         assert sum(shard.samples for shard in shards) == len(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __repr__(self) -> str:
-        return f"Manifest({str(self.folder)!r}, {len(self)} samples in {len(self.shards)} shards)"
+        return f"Manifest({self.place!r}, {len(self)} samples in {len(self.shards)} shards)"
+
+    @property
+    def place(self) -> str:
+        """Where the data set lies, for people."""
+        return " + ".join(storage.url for storage in self.storages)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder of the shards.
+
+        Raises:
+            ValueError: If they do not lie in one.
+        """
+        folder = self.storages[0].folder
+        if len(self.storages) != 1 or folder is None:
+            raise ValueError(f"{self.place} is no local folder")
+        return folder
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -92,7 +119,12 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the shards' names and hashes: the data set's identity, for records."""
+        """The data set's identity, for records: SHA-256 over the shards' names and hashes.
+
+        What was set aside and what was joined is part of it.
+        """
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(
@@ -139,121 +171,120 @@ class Manifest:
 
     def problem(self, sample: int, reason: Reason, detail: str = "") -> Problem:
         """A problem with one sample, with its shard and key filled in."""
-        shard = self.shards[int(self.shard_numbers[sample])].name
-        return Problem(shard, self.keys[sample].as_py(), reason, detail)
+        shard = self.shards[int(self.shard_numbers[sample])]
+        name = shard.name
+        if len(self.storages) > 1:
+            name = f"{self.storages[shard.source].url}/{name}"
+        return Problem(name, self.keys[sample].as_py(), reason, detail)
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Manifest":
-        """Loads the manifest of a folder, or scans the folder where there is none.
+    def open(cls, place: Path | str, *, quarantine: bool = True) -> "Manifest":
+        """Loads the manifest of a data set, or makes it where there is none.
 
         A manifest that came from a scan is made anew when the tar files changed since.
 
         Args:
-            folder: The data set.
+            place: A folder, one shard, or a pattern such as `pairs/{00000..00031}.tar`; a path or
+                an fsspec URL.
+            quarantine: Leave out what was set aside (see `set_aside`).
 
         Raises:
-            FileNotFoundError: If there is no such folder or no `.tar` file in it.
-            ValueError: If the manifest is damaged.
+            FileNotFoundError: If there is no such place or no shard in it.
+            ValueError: If the manifest is damaged, the place malformed, or no sample left.
         """
-        folder = Path(folder)
-        for place in (folder, cache_folder(folder)):
-            if (place / MANIFEST_FILE).is_file():
-                manifest = cls.load(folder, place=place)
-                if manifest.is_packed or manifest._is_current:
-                    return manifest
-        return cls.scan(folder)
+        storage = storage_of(place)
+        manifest = cls._known(storage) or cls._scan(storage)
+        return manifest._without_quarantine() if quarantine else manifest
 
     @classmethod
-    def load(cls, folder: Path | str, *, place: Path | None = None) -> "Manifest":
-        """Loads the manifest of a data set.
+    def load(cls, folder: Path | str) -> "Manifest":
+        """Loads the manifest that lies beside the shards, whatever was set aside.
 
         Args:
             folder: The data set.
-            place: Where the manifest lies, if not beside the shards.
 
         Raises:
             FileNotFoundError: If there is none.
             ValueError: If it is damaged or of another version.
         """
-        folder = Path(folder)
-        path = (place or folder) / MANIFEST_FILE
-        if not path.is_file():
+        storage = storage_of(folder)
+        manifest = cls._load(storage, storage)
+        if manifest is None:
             raise FileNotFoundError(f"{folder} holds no {MANIFEST_FILE}; it is no packed data set")
-        try:
-            content = json.loads(path.read_bytes())
-            version = content["version"]
-            if version != _VERSION:
-                raise ValueError(f"version {version}; this program reads version {_VERSION}")
-            shards = [Shard(**shard) for shard in content["shards"]]
-            problems = [
-                Problem(**{**problem, "reason": Reason(problem["reason"])})
-                for problem in content["problems"]
-            ]
-            table = (place or folder) / SAMPLES_FILE
-            whole = hashlib.sha256(table.read_bytes()).hexdigest() == content["samples_sha256"]
-            samples = pq.read_table(table) if whole else pa.table({})
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
-                f"{path} is unreadable ({error}); remove it to scan the shards"
-            ) from None
-        if not whole or not _fits(samples, shards):
-            raise ValueError(f"{table} does not belong to {path}; remove both to scan the shards")
-        return cls(folder, shards, samples, problems)
+        return manifest
 
     @classmethod
-    def scan(cls, folder: Path | str) -> "Manifest":
-        """Makes a manifest by one walk over the headers of all `.tar` files in a folder.
+    def scan(cls, place: Path | str) -> "Manifest":
+        """Makes a manifest by one walk over the headers of all shards, whatever was set aside.
 
-        It is kept beside the shards, or in the user's cache where that folder is read-only.
+        It is kept beside the shards, or in the user's cache where they are remote or read-only.
 
         Args:
-            folder: The data set; its tar files are taken in the order of their names.
+            place: See `open`; shards are taken in the order of their names.
 
         Raises:
-            FileNotFoundError: If there is no such folder or no `.tar` file in it.
+            FileNotFoundError: If there is no such place or no shard in it.
             ValueError: If no sample is found.
         """
-        folder = Path(folder)
-        manifest = cls.from_contents(folder, map(read_tar, _tar_files(folder)))
-        if not len(manifest):
-            first = f"; first problem: {manifest.problems[0]}" if manifest.problems else ""
-            raise ValueError(f"{folder}: no sample in {len(manifest.shards)} tar files{first}")
-        try:
-            manifest.save()
-        except OSError:
-            place = cache_folder(folder)
-            place.mkdir(parents=True, exist_ok=True)
-            manifest.save(place)
-        return manifest
+        return cls._scan(storage_of(place))
+
+    @classmethod
+    def joined(cls, manifests: Sequence["Manifest"]) -> "Manifest":
+        """Several data sets as one: their shards and samples one after the other.
+
+        Args:
+            manifests: One or more.
+        """
+        if len(manifests) == 1:
+            return manifests[0]
+        storages: list[Storage] = []
+        shards: list[Shard] = []
+        tables: list[pa.Table] = []
+        for manifest in manifests:
+            number = pa.array(manifest.shard_numbers + np.int32(len(shards)))
+            place = manifest.samples.column_names.index("shard")
+            tables.append(manifest.samples.set_column(place, "shard", number))
+            first = len(storages)
+            shards += [replace(shard, source=first + shard.source) for shard in manifest.shards]
+            storages += manifest.storages
+        parts = "".join(manifest.fingerprint for manifest in manifests)
+        return cls(
+            storages,
+            shards,
+            pa.concat_tables(tables, promote_options="default"),
+            [problem for manifest in manifests for problem in manifest.problems],
+            fingerprint=hashlib.sha256(parts.encode()).hexdigest(),
+        )
 
     @classmethod
     def from_contents(
         cls,
-        folder: Path,
+        storage: Storage | Path,
         contents: Iterable[TarContent],
     ) -> "Manifest":
         """Makes a manifest from walks over the shards.
 
         Args:
-            folder: Where the shards lie.
+            storage: Where the shards lie.
             contents: One per shard, in order; taken one at a time, as they are large in memory.
 
         Raises:
             ValueError: If the members are of so many kinds that they cannot be samples.
         """
+        storage = storage if isinstance(storage, Storage) else storage_of(storage)
         shards: list[Shard] = []
         tables: list[pa.Table] = []
         problems: list[Problem] = []
         for number, content in enumerate(contents):
             size = len(content.samples)
             shards.append(Shard(content.name, size, content.bytes, content.headers, content.sha256))
-            tables.append(_sample_table(folder, number, content))
+            tables.append(_sample_table(storage.url, number, content))
             problems.extend(content.problems)
         if not tables:
-            tables.append(_sample_table(folder, 0, TarContent("")))
+            tables.append(_sample_table(storage.url, 0, TarContent("")))
         samples = pa.concat_tables(tables, promote_options="default")
         fields = sorted(name for name in samples.column_names if "." in name)
-        return cls(folder, shards, samples.select(["shard", "key", *fields]), problems)
+        return cls(storage, shards, samples.select(["shard", "key", *fields]), problems)
 
     def save(self, place: Path | None = None) -> None:
         """Writes both files, the manifest last, each whole or not at all.
@@ -267,23 +298,207 @@ class Manifest:
         table = sink.getvalue().to_pybytes()
         with replacing(place / SAMPLES_FILE) as stream:
             stream.write(table)
+        shards = [asdict(shard) for shard in self.shards]
+        for shard in shards:
+            del shard["source"]
         content = {
             "version": _VERSION,
             "total": len(self),
             "fields": self.fields,
             "fingerprint": self.fingerprint,
             "samples_sha256": hashlib.sha256(table).hexdigest(),
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": shards,
             "problems": [problem.as_dict() for problem in self.problems],
         }
         with replacing(place / MANIFEST_FILE) as stream:
             stream.write(json.dumps(content, indent=1).encode())
 
+    def set_aside(self, bad: Mapping[int, Problem]) -> Path:
+        """Writes the quarantine list: `open` leaves these samples out from now on.
+
+        It lies beside the shards, or in the user's cache where they are remote or read-only, and
+        replaces an earlier one; removing the file undoes it.
+
+        Args:
+            bad: What is wrong with each bad sample, by its row in a manifest that was opened with
+                `quarantine=False`.
+
+        Returns:
+            The file.
+        """
+        content = {
+            "version": _VERSION,
+            "fingerprint": self.fingerprint,
+            "samples": [{"row": int(row), **bad[row].as_dict()} for row in sorted(bad)],
+        }
+        storage = self.storages[0]
+        places = (
+            [cache_folder(storage)]
+            if storage.folder is None
+            else [
+                storage.folder,
+                cache_folder(storage),
+            ]
+        )
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                with replacing(place / QUARANTINE_FILE) as stream:
+                    stream.write(json.dumps(content, indent=1).encode())
+            except OSError:
+                if place == places[-1]:
+                    raise
+                continue
+            return place / QUARANTINE_FILE
+        raise AssertionError("there is always the cache")
+
+    def kept(self, rows: np.ndarray, *, problems: Sequence[Problem], note: str) -> "Manifest":
+        """The data set without some of its samples.
+
+        Args:
+            rows: Which samples to keep (bool).
+            problems: What is wrong with the others.
+            note: Goes into the fingerprint beside what the samples were.
+        """
+        sizes = np.bincount(self.shard_numbers[rows], minlength=len(self.shards)).tolist()
+        shards = [
+            replace(shard, samples=size) for shard, size in zip(self.shards, sizes, strict=True)
+        ]
+        identity = f"{self.fingerprint} {note}".encode()
+        return Manifest(
+            self.storages,
+            shards,
+            self.samples.filter(pa.array(rows)),
+            (*self.problems, *problems),
+            fingerprint=hashlib.sha256(identity).hexdigest(),
+        )
+
+    def _without_quarantine(self) -> "Manifest":
+        storage = self.storages[0]
+        for home in (storage, LocalStorage(cache_folder(storage))):
+            data = home.small_file(QUARANTINE_FILE)
+            if data is None:
+                continue
+            path = f"{home.url}/{QUARANTINE_FILE}"
+            try:
+                content = json.loads(data)
+                listed = content["samples"]
+                bad = np.array([entry.pop("row") for entry in listed], np.int64)
+                problems = [_problem(entry) for entry in listed]
+                fits = content["fingerprint"] == self.fingerprint
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is unreadable ({error}); remove it") from None
+            if not fits or (len(bad) and not 0 <= bad.min() <= bad.max() < len(self)):
+                raise ValueError(
+                    f"{path} was made for other shards than lie there now; make it anew with "
+                    f"align inspect {storage.url} --verify, or remove it"
+                )
+            keep = np.ones(len(self), bool)
+            keep[bad] = False
+            if not keep.any():
+                raise ValueError(f"{path} sets aside every sample of {storage.url}")
+            return self.kept(
+                keep, problems=problems, note=hashlib.sha256(keep.tobytes()).hexdigest()
+            )
+        return self
+
+    @classmethod
+    def _known(cls, storage: Storage) -> "Manifest | None":
+        """The manifest that lies beside the shards or in the cache, if it is still true."""
+        for home in (storage, LocalStorage(cache_folder(storage))):
+            manifest = cls._load(storage, home)
+            if manifest is not None and (manifest.is_packed or manifest._is_current):
+                return manifest
+        return None
+
+    @classmethod
+    def _load(cls, storage: Storage, home: Storage) -> "Manifest | None":
+        data = home.small_file(MANIFEST_FILE)
+        if data is None:
+            return None
+        path, table = f"{home.url}/{MANIFEST_FILE}", f"{home.url}/{SAMPLES_FILE}"
+        try:
+            content = json.loads(data)
+            version = content["version"]
+            if version != _VERSION:
+                raise ValueError(f"version {version}; this program reads version {_VERSION}")
+            shards = [Shard(**shard) for shard in content["shards"]]
+            problems = [_problem(problem) for problem in content["problems"]]
+            rows = home.small_file(SAMPLES_FILE) or b""
+            whole = hashlib.sha256(rows).hexdigest() == content["samples_sha256"]
+            samples = pq.read_table(pa.BufferReader(rows)) if whole else pa.table({})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"{path} is unreadable ({error}); remove it to scan the shards"
+            ) from None
+        if not whole or not _fits(samples, shards):
+            raise ValueError(f"{table} does not belong to {path}; remove both to scan the shards")
+        return cls(storage, shards, samples, problems)._of_names(storage)
+
+    def _of_names(self, storage: Storage) -> "Manifest":
+        """The shards that the storage was asked for, of all that the manifest knows."""
+        if storage.names is None:
+            return self
+        known = {shard.name: number for number, shard in enumerate(self.shards)}
+        if missing := sorted(set(storage.names) - set(known)):
+            raise FileNotFoundError(f"{storage.url} holds no {missing[0]}, says its manifest")
+        numbers = [known[name] for name in storage.names]
+        renumbered = np.full(len(self.shards), -1, np.int32)
+        renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)
+        keep = np.isin(self.shard_numbers, numbers)
+        samples = self.samples.filter(pa.array(keep))
+        column = pa.array(renumbered[samples["shard"].to_numpy()])
+        samples = samples.set_column(samples.column_names.index("shard"), "shard", column)
+        shards = [self.shards[number] for number in numbers]
+        problems = [problem for problem in self.problems if problem.shard in storage.names]
+        return Manifest(storage, shards, samples, problems)
+
+    @classmethod
+    def _scan(cls, storage: Storage) -> "Manifest":
+        manifest = cls.from_contents(storage, _walks(storage))
+        if not len(manifest):
+            first = f"; first problem: {manifest.problems[0]}" if manifest.problems else ""
+            raise ValueError(f"{storage.url}: no sample in {len(manifest.shards)} tar files{first}")
+        try:
+            # A manifest beside the shards speaks for all of them.
+            if storage.folder is None or storage.names is not None:
+                raise PermissionError
+            manifest.save()
+        except OSError:
+            place = cache_folder(storage)
+            place.mkdir(parents=True, exist_ok=True)
+            manifest.save(place)
+        return manifest
+
     @property
     def _is_current(self) -> bool:
         """Whether the tar files are still those of the scan, as far as names and sizes tell."""
         known = [(shard.name, shard.bytes) for shard in self.shards]
-        return known == [(path.name, path.stat().st_size) for path in _tar_files(self.folder)]
+        return known == self.storages[0].tars()
+
+
+def cache_folder(storage: Storage) -> Path:
+    """Where the manifest of a remote or read-only data set is kept (below `$XDG_CACHE_HOME`)."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    url = storage.url if storage.folder is None else str(storage.folder.resolve())
+    identity = "\0".join([url, *(storage.names or ())])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return root / "clip-align" / "manifests" / name
+
+
+def _walks(storage: Storage) -> Iterator[TarContent]:
+    for name, size in storage.tars():
+        try:
+            with storage.open(name) as stream:
+                content = read_tar(stream, name)
+        except BadSample as bad:
+            content = TarContent(name, problems=[Problem(name, "", bad.reason, bad.detail)])
+        content.bytes = size
+        yield content
+
+
+def _problem(entry: dict[str, str]) -> Problem:
+    return Problem(**{**entry, "reason": Reason(entry["reason"])})
 
 
 def _fits(samples: pa.Table, shards: Sequence[Shard]) -> bool:
@@ -294,30 +509,12 @@ def _fits(samples: pa.Table, shards: Sequence[Shard]) -> bool:
     return np.array_equal(samples["shard"].to_numpy(), numbers)
 
 
-def cache_folder(folder: Path) -> Path:
-    """Where the manifest of a read-only data set is kept (below `$XDG_CACHE_HOME`)."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return root / "clip-align" / "manifests" / name
-
-
-def _tar_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; name the folder that holds the shards")
-    paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
-    if not paths:
-        packed = next((path.name for path in sorted(folder.glob("*.tar.*"))), None)
-        hint = f" ({packed} is compressed: unpack it first)" if packed else ""
-        raise FileNotFoundError(f"{folder} holds no .tar file{hint}")
-    return paths
-
-
-def _sample_table(folder: Path, number: int, content: TarContent) -> pa.Table:
+def _sample_table(place: str, number: int, content: TarContent) -> pa.Table:
     """The rows of one shard."""
     samples = content.samples
     fields = {name for sample in samples for name in sample.spans}
     if len(fields) > _MAX_FIELDS:
-        raise ValueError(f"{folder}: {len(fields)} kinds of members; these are not pairs of files")
+        raise ValueError(f"{place}: {len(fields)} kinds of members; these are not pairs of files")
     columns: dict[str, Any] = {
         "shard": pa.array(np.full(len(samples), number, np.int32)),
         "key": pa.array([sample.key for sample in samples], pa.string()),

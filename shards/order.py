@@ -15,10 +15,10 @@ contiguous ranges; position `p` belongs to lane `p % lanes`, and a lane reads it
 sequence, and a rank that owns the positions `p % world_size == rank` owns whole lanes.
 
 All randomness is a hash of counters (splitmix64), so there is no state to save, and any position
-is computed without those before it.
+is computed without those before it. `Mixture` keeps the same promise for several weighted sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -30,7 +30,9 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 # on halves of 2 bits they do.
 _ROUNDS, _HALF_BITS = 6, 3
 # What a hash is for, so that two uses with equal counters stay independent.
-_SHARDS, _BLOCK, _SUBSTITUTE = 1, 2, 3
+_SHARDS, _BLOCK, _SUBSTITUTE, _MIX = 1, 2, 3, 4
+# Steps of a lane in which every source of a mixture gets exactly its share.
+_CYCLE = 1000
 
 
 def hash64(*words: Int64[ndarray, "..."] | UInt64[ndarray, "..."] | int) -> UInt64[ndarray, "..."]:
@@ -156,6 +158,117 @@ class Order:
         row = np.argsort(bits, kind="stable")
         ends = np.cumsum(self._sizes[row])
         return ends, self._starts[row] - (ends - self._sizes[row])
+
+
+class Mixture:
+    """Several sources in fixed proportions, each in its own `Order`: one stream, still a function.
+
+    A lane gives every source exactly its share of each `1000` of its steps, at places drawn anew
+    for each lane and each thousand. What a lane takes from a source is that source's own lane, one
+    sample after the other, so each source gives each of its samples once per epoch of its own: a
+    small one with a large weight comes round sooner, and none loses a sample.
+
+    Sample ids run through the sources one after the other, as in `Manifest.joined`.
+
+    Args:
+        orders: One for each source, with the same lanes.
+        weights: Share of each source in the stream, in any unit; rounded to thousandths.
+        seed: Names the draw.
+
+    Raises:
+        ValueError: If a weight is not positive or below a thousandth of their sum.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int = 0) -> None:
+        assert len(orders) == len(weights) > 0
+        assert len({order.lanes for order in orders}) == 1
+        self.orders = tuple(orders)
+        self.lanes = orders[0].lanes
+        self.seed = seed
+        self.counts = _whole_shares(weights, _CYCLE)
+        sizes = np.array([order.total for order in orders], np.int64)
+        self.total = int(sizes.sum())
+        self._first_ids = np.cumsum(sizes) - sizes
+        self._cycle_of = lru_cache(maxsize=8 * self.lanes)(self._draw_cycle)
+
+    def epochs(self, positions: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+        """The epoch that the source at each position is in, counted from 0."""
+        return self._gather(positions, lambda order, own: order.epochs(own))
+
+    def ids(self, positions: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+        """The sample id at each position; see `Order.ids`."""
+        sources, _ = self.split(positions)
+        own = self._gather(positions, lambda order, own: order.ids(own))
+        return own + self._first_ids[sources]
+
+    def substitutes(self, positions: Int64[ndarray, " n"], attempt: int) -> Int64[ndarray, " n"]:
+        """The sample of the same source that stands in for a bad one; see `Order.substitutes`."""
+        sources, _ = self.split(positions)
+        own = self._gather(positions, lambda order, own: order.substitutes(own, attempt))
+        return own + self._first_ids[sources]
+
+    def split(
+        self, positions: Int64[ndarray, " n"]
+    ) -> tuple[Int64[ndarray, " n"], Int64[ndarray, " n"]]:
+        """The source of each position, and the position in that source's own stream."""
+        lanes = positions % self.lanes
+        cycles, steps = divmod(positions // self.lanes, _CYCLE)
+        sources, own = np.empty_like(positions), np.empty_like(positions)
+        for lane, cycle in np.unique(np.stack([lanes, cycles], axis=1), axis=0).tolist():
+            here = (lanes == lane) & (cycles == cycle)
+            chosen, before = self._cycle_of(lane, cycle)
+            source = chosen[steps[here]]
+            sources[here] = source
+            own_step = cycle * self.counts[source] + before[steps[here]]
+            own[here] = own_step * self.lanes + lane
+        return sources, own
+
+    def consumed(self, position: int) -> list[int]:
+        """How many samples each source has given before a position."""
+        steps = position // self.lanes + (np.arange(self.lanes) < position % self.lanes)
+        given = np.zeros(len(self.orders), np.int64)
+        for lane, step in enumerate(steps.tolist()):
+            cycle, rest = divmod(step, _CYCLE)
+            chosen, _ = self._cycle_of(lane, cycle)
+            given += cycle * self.counts + np.bincount(chosen[:rest], minlength=len(given))
+        return given.tolist()
+
+    def _gather(
+        self, positions: Int64[ndarray, " n"], value: Callable[[Order, ndarray], ndarray]
+    ) -> Int64[ndarray, " n"]:
+        sources, own = self.split(positions)
+        out = np.empty_like(positions)
+        for number, order in enumerate(self.orders):
+            here = sources == number
+            if here.any():
+                out[here] = value(order, own[here])
+        return out
+
+    def _draw_cycle(self, lane: int, cycle: int) -> tuple[ndarray, ndarray]:
+        """The source of each step of a lane's cycle, and how often it came before in the cycle."""
+        steps = np.arange(_CYCLE, dtype=np.int64)
+        key = np.broadcast_to(hash64(self.seed, _MIX, lane, cycle), steps.shape)
+        place = permute(steps, np.full_like(steps, _CYCLE), key)
+        chosen = np.searchsorted(np.cumsum(self.counts), place, side="right")
+        before = np.empty_like(steps)
+        for source in range(len(self.orders)):
+            here = chosen == source
+            before[here] = np.arange(here.sum())
+        return chosen, before
+
+
+def _whole_shares(weights: Sequence[float], total: int) -> Int64[ndarray, " n"]:
+    """Whole numbers in the proportion of the weights that add up to `total` (largest remainder)."""
+    given = np.asarray(weights, np.float64)
+    if not (np.isfinite(given).all() and (given > 0).all()):
+        raise ValueError(f"weights {list(weights)} must all be positive numbers")
+    exact = given / given.sum() * total
+    shares = np.floor(exact).astype(np.int64)
+    missing = total - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    if not shares.all():
+        raise ValueError(f"weights {list(weights)}: the smallest is below 1/{total} of their sum")
+    return shares
 
 
 def _finalise(state: UInt64[ndarray, "..."]) -> UInt64[ndarray, "..."]:

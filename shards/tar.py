@@ -73,7 +73,7 @@ class TarContent:
         self.problems.append(Problem(self.name, key, reason, detail))
 
 
-def read_tar(path: Path) -> TarContent:
+def read_tar(source: Path | BinaryIO, name: str = "") -> TarContent:
     """Walks over the headers of an uncompressed tar file and groups its members into samples.
 
     A name is split into key and field at its first dot, as webdataset does (`a.jpg` and `a.seg.png`
@@ -82,10 +82,11 @@ def read_tar(path: Path) -> TarContent:
     Members of one sample that do not lie side by side are brought together and told as a problem.
 
     Args:
-        path: The tar file.
+        source: The tar file, or a stream of it that can seek.
+        name: What the shard is called, where a stream does not say it.
     """
-    content = TarContent(path.name)
-    with path.open("rb", buffering=1 << 16) as stream:
+    content = TarContent(source.name if isinstance(source, Path) else name)
+    with source.open("rb", buffering=1 << 16) if isinstance(source, Path) else source as stream:
         members = _Walk(stream, content).members()
         named = ((_split(member.name), member) for member in members)
         grouping = _Grouping(content)

@@ -10,6 +10,7 @@ from shards_corpus import SIDE, numbers_in, picture, sample, write_set, write_ta
 from shards.damage import DamageTally, Problem, Reason
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
+from shards.storage import LocalStorage
 from shards.sources import Record
 from shards.tar import read_tar, unsafe
 from shards.write import pack
@@ -42,7 +43,7 @@ def test_a_shard_cut_anywhere_loses_only_what_is_cut_off(whole, tmp_path):
     for cut in range(0, len(data) + 1, 512):
         (tmp_path / "000000.tar").write_bytes(data[:cut])
         left = [i for i in range(4) if ends[i] <= cut]
-        known = Manifest(tmp_path, whole.shards, whole.samples)
+        known = Manifest(LocalStorage(tmp_path), whole.shards, whole.samples)
         ids, tally = good_ids(known)
         assert ids == left
         assert tally.reasons == ({Reason.TRUNCATED.value: 4 - len(left)} if len(left) < 4 else {})
@@ -78,7 +79,7 @@ def test_a_flipped_byte_never_stops_a_pass(whole, tmp_path, place, mask):
     spot = int(place * max(last_bytes(whole)))
     data[spot] ^= mask
     (tmp_path / "000000.tar").write_bytes(data)
-    ids, tally = good_ids(Manifest(tmp_path, whole.shards, whole.samples))
+    ids, tally = good_ids(Manifest(LocalStorage(tmp_path), whole.shards, whole.samples))
     assert len(ids) + tally.bad == 4
     assert len(ids) >= 3
     scanned = Manifest.scan(tmp_path)
