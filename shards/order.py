@@ -193,19 +193,17 @@ class Mixture:
 
     def epochs(self, positions: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
         """The epoch that the source at each position is in, counted from 0."""
-        return self._gather(positions, lambda order, own: order.epochs(own))
+        return self._gather(positions, lambda order, own, _: order.epochs(own))
 
     def ids(self, positions: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
         """The sample id at each position; see `Order.ids`."""
-        sources, _ = self.split(positions)
-        own = self._gather(positions, lambda order, own: order.ids(own))
-        return own + self._first_ids[sources]
+        return self._gather(positions, lambda order, own, first: order.ids(own) + first)
 
     def substitutes(self, positions: Int64[ndarray, " n"], attempt: int) -> Int64[ndarray, " n"]:
         """The sample of the same source that stands in for a bad one; see `Order.substitutes`."""
-        sources, _ = self.split(positions)
-        own = self._gather(positions, lambda order, own: order.substitutes(own, attempt))
-        return own + self._first_ids[sources]
+        return self._gather(
+            positions, lambda order, own, first: order.substitutes(own, attempt) + first
+        )
 
     def split(
         self, positions: Int64[ndarray, " n"]
@@ -234,14 +232,17 @@ class Mixture:
         return given.tolist()
 
     def _gather(
-        self, positions: Int64[ndarray, " n"], value: Callable[[Order, ndarray], ndarray]
+        self, positions: Int64[ndarray, " n"], value: Callable[[Order, ndarray, int], ndarray]
     ) -> Int64[ndarray, " n"]:
+        """`value(order, its own positions, its first sample id)`, source by source."""
         sources, own = self.split(positions)
         out = np.empty_like(positions)
-        for number, order in enumerate(self.orders):
+        for number, (order, first) in enumerate(
+            zip(self.orders, self._first_ids.tolist(), strict=True)
+        ):
             here = sources == number
             if here.any():
-                out[here] = value(order, own[here])
+                out[here] = value(order, own[here], first)
         return out
 
     def _draw_cycle(self, lane: int, cycle: int) -> tuple[ndarray, ndarray]:
