@@ -11,8 +11,9 @@ from torch import Tensor
 
 from align.tokenizer import Tokenizer
 from pipelines.config import ConfigError
+from shards.captions import CaptionRule
 from shards.damage import BadSample
-from shards.decode import decode_caption, decode_fields
+from shards.decode import Limits
 from shards.loader import Batch
 from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
 from shards.order import hash64
@@ -72,29 +73,33 @@ class CaptionWriter:
 
 
 def train_tokenizer(
-    manifest: Manifest, writer: CaptionWriter, *, vocabulary_size: int, context_length: int
+    manifest: Manifest,
+    writer: CaptionWriter,
+    *,
+    vocabulary_size: int,
+    context_length: int,
+    fields: Sequence[str] = (),
 ) -> Tokenizer:
-    """Train a vocabulary on the captions of a data set, at most a million of them."""
+    """Train a vocabulary on the captions of a data set: those of at most a million samples."""
     return Tokenizer.train(
-        _all_captions(manifest, writer),
+        _all_captions(manifest, writer, CaptionRule(tuple(fields))),
         vocabulary_size=vocabulary_size,
         context_length=context_length,
     )
 
 
-def _all_captions(manifest: Manifest, writer: CaptionWriter) -> Iterator[str]:
+def _all_captions(manifest: Manifest, writer: CaptionWriter, rule: CaptionRule) -> Iterator[str]:
     reader = ShardReader(manifest)
     stride = -(-len(manifest) // _VOCABULARY_SAMPLES)
     wanted = [name for name in (CAPTION_FIELD, JSON_FIELD) if name in manifest.fields]
     try:
         for sample in range(0, len(manifest), stride):
             try:
-                members = reader.read(sample, wanted)
-                fields = decode_fields(members[JSON_FIELD]) if JSON_FIELD in members else {}
-                caption = decode_caption(members[CAPTION_FIELD])
-            except (BadSample, KeyError):
+                captions, fields = rule.read(reader.read(sample, wanted), Limits())
+            except BadSample:
                 continue  # the loader counts and names it
-            yield from writer.every_way(caption, fields)
+            for caption in captions:
+                yield from writer.every_way(caption, fields)
     finally:
         reader.close()
 

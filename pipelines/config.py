@@ -29,16 +29,32 @@ class Config(BaseModel):
 
     def missing_places(self) -> list[str]:
         """A line for each file or folder that has to be there and is not; costs no import."""
-        places = {key: getattr(self, key) for key in self.must_exist}
         return [
             f"{key}: there is no file or folder {place}"
-            for key, given in places.items()
-            for place in (given if isinstance(given, list) else [given])
-            if place is not None and not place.exists()
+            for key in self.must_exist
+            for place in _places(getattr(self, key))
+            if not place.exists()
         ]
 
 
+def _places(given: Any) -> Iterator[Path]:
+    """The local files and folders in a value: URLs and patterns are looked at when opened."""
+    if isinstance(given, list):
+        for one in given:
+            yield from _places(one)
+    elif isinstance(given, Config):
+        yield from (place for key in given.must_exist for place in _places(getattr(given, key)))
+    elif isinstance(given, str) and "://" not in given and "{" not in given:
+        yield Path(given)
+    elif isinstance(given, Path):
+        yield given
+
+
 Model = TypeVar("Model", bound=Config)
+
+
+KIND = "~"
+"""Begins the tag of each kind of value that a key may have; messages leave it out."""
 
 
 class ConfigError(ValueError):
@@ -159,11 +175,12 @@ def build(schema: type[Model], values: Mapping[str, Any], *, origin: str) -> Mod
 
 
 def _explain(schema: type[Config], detail: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+    given = [part for part in detail["loc"] if not str(part).startswith(KIND)]
+    path = ".".join(str(part) for part in given)
     match detail["type"]:
         case "extra_forbidden":
-            known = _known_keys(schema, detail["loc"][:-1])
-            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.6)
+            known = _known_keys(schema, given[:-1])
+            near = difflib.get_close_matches(str(given[-1]), known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}? " if near else ""
             return f"{path}: unknown key; {hint}known: {', '.join(known)}"
         case "missing":

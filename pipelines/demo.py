@@ -68,7 +68,7 @@ def _run_stages(config: DemoConfig) -> int:
     with clock.stage("embed"):
         embed.run(
             EmbedConfig(
-                model=str(out / "bundle"), data=out / "shards" / "vendor", out=out / "table"
+                model=str(out / "bundle"), data=str(out / "shards" / "vendor"), out=out / "table"
             )
         )
     with clock.stage("index"):

@@ -74,21 +74,24 @@ def select(batch: Batch, where: Mapping[str, Any]) -> np.ndarray:
 
 def embed_pairs(
     model: DualEncoder,
-    data: Path | Manifest,
+    data: str | Manifest,
     *,
     where: Mapping[str, Any] | None = None,
     batch_size: int = 256,
     image_size: int | None = None,
+    max_bad_fraction: float = 0.05,
+    strict: bool = False,
 ) -> EmbeddedPairs:
     """Embed the wanted pairs of a data set in memory, at the model's own picture size or another.
 
     Raises:
         ConfigError: nothing is left of the data by `where`.
+        ValueError: too many of its samples are bad.
     """
     manifest = data if isinstance(data, Manifest) else Manifest.open(data)
     images, captions, fields, ids, keys = [], [], [], [], []
     size = image_size or model.config.image_size
-    tally = DamageTally(total=len(manifest))
+    tally = DamageTally(total=len(manifest), max_fraction=max_bad_fraction, strict=strict)
     for batch in iterate(manifest, batch_size=batch_size, image_size=size, tally=tally):
         rows = select(batch, where or {})
         if not len(rows):
@@ -124,7 +127,9 @@ def run(config: EmbedConfig) -> int:
 def _run(config: EmbedConfig) -> int:
     model = load(config.model)
     manifest = Manifest.open(config.data)
-    tally = DamageTally(total=len(manifest))
+    tally = DamageTally(
+        total=len(manifest), max_fraction=config.max_bad_fraction, strict=config.strict
+    )
 
     def batches(start: int) -> Iterator[EmbeddedRows]:
         stream = iterate(
@@ -133,6 +138,7 @@ def _run(config: EmbedConfig) -> int:
             image_size=model.config.image_size,
             start=start,
             workers=1,
+            captions=config.caption_fields,
             tally=tally,
         )
         yield from _embedded(_with_bar(stream, manifest, start), model, manifest, config)
@@ -145,7 +151,7 @@ def _run(config: EmbedConfig) -> int:
         fingerprints={"model": fingerprint(config.model), "data": manifest.fingerprint},
         dtype=config.dtype,
         rows_per_part=config.rows_per_part,
-        origin={"model": whereabouts(config.model), "data": str(config.data.resolve())},
+        origin={"model": whereabouts(config.model), "data": whereabouts(config.data)},
     )
     if tally.seen:  # nothing is, where the table was complete before
         run_folder.write_json(config.out / "data_report.json", tally.report())
@@ -155,9 +161,14 @@ def _run(config: EmbedConfig) -> int:
     return 0
 
 
-def whereabouts(model: str) -> str:
-    """A bundle's place, so that it is found from any working directory; a hub id stays itself."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+def whereabouts(place: str) -> str:
+    """A local place, so that it is found from any working directory; ids and URLs stay as they are.
+
+    A pattern of shards is local where its folder is.
+    """
+    path = Path(place)
+    there = path.exists() or ("{" in path.name and path.parent.exists())
+    return str(path.resolve()) if there else place
 
 
 def _with_bar(batches: Iterable[Batch], manifest: Manifest, start: int) -> Iterator[Batch]:

@@ -47,7 +47,12 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
         if place not in embedded:
             manifest = Manifest.open(task.data)
             embedded[place] = embed_pairs(
-                model, manifest, where=task.where, batch_size=config.batch_size
+                model,
+                manifest,
+                where=task.where,
+                batch_size=config.batch_size,
+                max_bad_fraction=config.max_bad_fraction,
+                strict=config.strict,
             )
         report = run_task(model, embedded[place], task, title=title)
         evaluations[title] = Evaluation(report, embedded[place])

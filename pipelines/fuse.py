@@ -228,7 +228,7 @@ def open_matching_index(config: FuseConfig) -> Searcher:
 
 
 @torch.no_grad()
-def picture_features(model: DualEncoder, data: Path, asked: Collection[str]) -> PictureSet:
+def picture_features(model: DualEncoder, data: str, asked: Collection[str]) -> PictureSet:
     """Embeddings of all pictures of a data set; tokens, in half precision, of those asked with."""
     model.eval()
     embeddings, pooled, tokens, mask = [], [], [], []

@@ -94,10 +94,11 @@ _MAY_CHANGE = {
 def plan(training: Training) -> str:
     """What lies ahead, in one line."""
     config, total = training.config, training.loader.num_samples
+    place = training.loader.manifest.place
     parameters = sum(one.numel() for one in training.objective.parameters())
     seen = training.step * config.batch_size
     return (
-        f"{total:,} samples in {config.data}; {training.steps:,} steps of {config.batch_size} are "
+        f"{total:,} samples in {place}; {training.steps:,} steps of {config.batch_size} are "
         f"{config.samples / total:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
         f"{training.accelerator.device}" + (f"; {seen:,} samples done before" if seen else "")
     )
@@ -277,8 +278,8 @@ def resume(training: Training) -> None:
     )
     if progress["data"] != training.fingerprint:
         raise ConfigError(
-            f"{config.data}: not the data this run was started with (fingerprint "
-            f"{training.fingerprint[:12]}, before {progress['data'][:12]})"
+            f"{training.loader.manifest.place}: not the data this run was started with "
+            f"(fingerprint {training.fingerprint[:12]}, before {progress['data'][:12]})"
         )
     training.step, training.skipped = progress["step"], progress["skipped"]
     training.loader.load_state_dict(progress["loader"])

@@ -20,7 +20,7 @@ from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.decode import resize
-from shards.loader import Batch, ShardLoader, iterate
+from shards.loader import Batch, ShardLoader, Source, iterate
 from shards.manifest import Manifest
 
 
@@ -67,11 +67,12 @@ class Training:
 
 def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     """Make every part of a run from its configuration; nothing is written yet."""
-    manifest = Manifest.open(config.data)
+    augment, loader = make_augment(config), make_loader(config, accelerator)
     captions = CaptionWriter(config.captions, seed=config.seed)
-    augment, loader = make_augment(config), make_loader(config, manifest, accelerator)
+    manifest = loader.manifest
     # The first sample tells whether the field is there, before anything is written.
-    positive_labels(next(iterate(manifest, batch_size=1, image_size=8)), config.loss.positives)
+    first = next(iterate(manifest, batch_size=1, image_size=8, captions=config.caption_fields))
+    positive_labels(first, config.loss.positives)
     tokenizer = make_tokenizer(config, manifest, captions)
     torch.manual_seed(config.seed)
     loss = InfoNCE(
@@ -120,6 +121,7 @@ def make_tokenizer(
     return train_tokenizer(
         manifest,
         captions,
+        fields=config.caption_fields,
         vocabulary_size=config.tokenizer.vocabulary_size,
         context_length=config.model.context_length,
     )
@@ -159,12 +161,17 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
     )
 
 
-def make_loader(
-    config: PretrainConfig, manifest: Manifest, accelerator: Accelerator
-) -> ShardLoader:
+def open_sources(config: PretrainConfig) -> list[Source]:
+    """The data sets of a run, opened, with their weights."""
+    if isinstance(config.data, str):
+        return [Source(Manifest.open(config.data))]
+    return [Source(Manifest.open(source.data), source.weight) for source in config.data]
+
+
+def make_loader(config: PretrainConfig, accelerator: Accelerator) -> ShardLoader:
     """The training stream: this process's share of every global batch."""
     return ShardLoader(
-        manifest,
+        open_sources(config),
         batch_size=config.batch_size,
         image_size=config.augment.decode_size or config.model.image_size,
         seed=config.seed,
@@ -172,6 +179,7 @@ def make_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         workers=config.workers,
+        captions=config.caption_fields,
         max_bad_fraction=config.max_bad_fraction,
         strict=config.strict,
     )

@@ -7,14 +7,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from align.fusion import FUSION_HEADS
 from pipelines.config import Config
-from pipelines.schemas.values import WHERE, Seed, Where
+from pipelines.schemas.values import PLACE, WHERE, BadFraction, Place, Seed, Strict, Where
 
 
 class TaskConfig(Config):
     """One evaluation."""
 
     task: Literal["zero_shot", "retrieval"] = Field(description="Which evaluation.")
-    data: Path = Field(description="Folder of shards.")
+    data: Place = Field(description=PLACE)
     where: Where = Field(default_factory=dict, description=WHERE)
     label: str = Field(default="caption", description="Field that holds the class, or the caption.")
     templates: list[str] = Field(default=["{}"], description="Prompts around a class name.")
@@ -27,7 +27,7 @@ class EvaluateConfig(Config):
     must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
     model: str = Field(description="A bundle: folder or hub id.")
-    data: Path | None = Field(
+    data: Place | None = Field(
         default=None, description="Shards for a plain retrieval task, where no tasks are given."
     )
     tasks: dict[str, TaskConfig] = Field(
@@ -39,6 +39,8 @@ class EvaluateConfig(Config):
         default=None, description="Folder for results.json; null = print only."
     )
     batch_size: PositiveInt = Field(default=256, description="Pictures at a time.")
+    max_bad_fraction: BadFraction = 0.05
+    strict: Strict = False
 
     @model_validator(mode="after")
     def _something(self) -> "EvaluateConfig":
@@ -70,12 +72,12 @@ class FuseConfig(Config):
     must_exist: ClassVar[tuple[str, ...]] = ("data", "pairs", "test_data", "index", "test_pairs")
 
     model: str = Field(description="A bundle: folder or hub id.")
-    data: Path = Field(description="Shards of the pictures to train on.")
+    data: Place = Field(description="Shards of the pictures to train on.")
     pairs: Path = Field(
         description="Training queries, Parquet: reference and target (keys), change (text),\n"
         "kind, base (what relatives share)."
     )
-    test_data: Path = Field(description="Shards of the pictures to search.")
+    test_data: Place = Field(description="Shards of the pictures to search.")
     index: Path = Field(description="Index of test_data's pictures by the same model.")
     test_pairs: Path = Field(description="Test queries; no base of theirs may be in pairs.")
     within: str | None = Field(

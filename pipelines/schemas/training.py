@@ -6,7 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipelines.config import Config
-from pipelines.schemas.values import WHERE, NonNegativeInt, Seed, Share, Where
+from pipelines.schemas.values import (
+    CAPTION_FIELDS,
+    PLACE,
+    WHERE,
+    BadFraction,
+    Data,
+    NonNegativeInt,
+    Place,
+    Seed,
+    Share,
+    Strict,
+    Where,
+)
 
 IMAGE_LIBRARIES = ("timm",)
 TEXT_LIBRARIES = ("hf",)
@@ -131,7 +143,7 @@ class StageConfig(Config):
 class ValidationConfig(Config):
     """Retrieval on held-out pairs while training."""
 
-    data: Path | None = Field(default=None, description="Shards; null = none.")
+    data: Place | None = Field(default=None, description="Shards; null = none.")
     where: Where = Field(default_factory=dict, description=WHERE)
     every: PositiveInt = Field(default=100_000, description="After this many samples.")
 
@@ -142,13 +154,20 @@ class PretrainConfig(Config):
     positional: ClassVar[tuple[str, ...]] = ("data", "out")
     must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
-    data: Path = Field(description="Folder of training shards.")
+    data: Data = Field(
+        description=f"{PLACE} Several are mixed by weight:\n"
+        "[{data: a, weight: 2}, {data: b, weight: 1}]."
+    )
     out: Path = Field(description="Run folder: config, metrics, checkpoints, bundle.")
     bundle: Path | None = Field(
         default=None, description="Where the trained model goes; null = bundle in out."
     )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    caption_fields: list[str] = Field(
+        default_factory=list,
+        description=f"{CAPTION_FIELDS} One of several is drawn for each sample and epoch.",
+    )
     captions: list[str] = Field(
         default=["{caption}"],
         min_length=1,
@@ -175,10 +194,8 @@ class PretrainConfig(Config):
         "and a divisor of batch_size. Part of the order: changing it changes the order.",
     )
     workers: NonNegativeInt = Field(default=1, description="Decoding threads per process.")
-    max_bad_fraction: Share = Field(
-        default=0.05, description="The run stops where more of the samples are bad."
-    )
-    strict: bool = Field(default=False, description="Stop at the first bad sample.")
+    max_bad_fraction: BadFraction = 0.05
+    strict: Strict = False
     log_every: PositiveInt = Field(default=20, description="Steps between log lines.")
     save_every: PositiveInt = Field(default=100_000, description="Samples between checkpoints.")
     keep: PositiveInt = Field(default=2, description="Checkpoints to keep.")
@@ -191,6 +208,8 @@ class PretrainConfig(Config):
             raise ValueError(
                 f"batch_size: {self.batch_size} must be a multiple of lanes ({self.lanes})"
             )
+        if not self.data:
+            raise ValueError("data: names no data set")
         ends = [stage.until for stage in self.stages]
         if ends != sorted(set(ends)):
             raise ValueError(f"stages: {ends} must ascend; a later stage ends later")

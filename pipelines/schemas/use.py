@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipelines.config import Config
-from pipelines.schemas.values import Seed
+from pipelines.schemas.values import CAPTION_FIELDS, PLACE, BadFraction, Place, Seed, Strict
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -18,12 +18,17 @@ class EmbedConfig(Config):
     must_exist: ClassVar[tuple[str, ...]] = ("data",)
 
     model: str = Field(description="A bundle: folder or hub id.")
-    data: Path = Field(description="Folder of shards.")
+    data: Place = Field(description=PLACE)
     out: Path = Field(description="Folder of the table.")
+    caption_fields: list[str] = Field(
+        default_factory=list, description=f"{CAPTION_FIELDS} Of several, the first."
+    )
     texts: bool = Field(default=True, description="Embed captions too.")
     dtype: Literal["float16", "float32"] = Field(default="float16", description="Of the table.")
     rows_per_part: PositiveInt = Field(default=100_000, description="Rows in one part.")
     batch_size: PositiveInt = Field(default=256, description="Pictures at a time.")
+    max_bad_fraction: BadFraction = 0.05
+    strict: Strict = False
 
 
 class IndexConfig(Config):
