@@ -1,0 +1,200 @@
+"""Data sets by place, the quarantine list, and manifests that are kept elsewhere."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from shards_corpus import SIDE, write_set
+
+from shards import manifest as manifest_module
+from shards.damage import Reason
+from shards.loader import ShardLoader, iterate
+from shards.manifest import QUARANTINE_FILE, Manifest, cache_folder
+from shards.storage import storage_of
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_set(tmp_path / "data", [3, 0, 4, 2])
+
+
+def numbers(manifest):
+    """What the JSON members of all samples say."""
+    batches = iterate(manifest, batch_size=4, image_size=SIDE)
+    return [fields["number"] for batch in batches for fields in batch.fields]
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ("", range(9)),
+        ("/", range(9)),
+        ("/000.tar", range(3)),
+        ("/{000..001}.tar", range(3)),
+        ("/{000,003}.tar", [0, 1, 2, 7, 8]),
+        ("/00{2..3}.tar", range(3, 9)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_place_names_a_folder_a_shard_or_a_pattern(folder, last, expected, packed):
+    if packed:
+        Manifest.scan(folder)
+        assert (folder / "manifest.json").is_file()
+    manifest = Manifest.open(f"{folder}{last}")
+    assert numbers(manifest) == list(expected)
+    again = Manifest.open(f"{folder}{last}")
+    assert again.samples.equals(manifest.samples)
+    assert again.fingerprint == manifest.fingerprint
+
+
+def test_a_pattern_leaves_no_manifest_that_would_speak_for_the_folder(folder):
+    Manifest.open(f"{folder}/00{{0..1}}.tar")
+    assert not (folder / "manifest.json").exists()
+    assert len(Manifest.open(folder)) == 9
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("{data}/nowhere", FileNotFoundError, "nowhere is not a folder"),
+        ("{data}/009.tar", FileNotFoundError, "holds no 009.tar"),
+        ("{data}/{{000..009}}.tar", FileNotFoundError, "holds no 004.tar"),
+        ("{data}/{{000..0.tar", ValueError, "{{000..0.tar"),
+        ("{data}{{a,b}}/0.tar", ValueError, "several folders"),
+        ("{data}/empty", FileNotFoundError, "holds no .tar"),
+    ],
+)
+def test_a_place_that_cannot_be_read_is_told_in_a_line(folder, place, error, message):
+    (folder / "empty").mkdir()
+    with pytest.raises(error) as caught:
+        Manifest.open(place.format(data=folder))
+    assert message.format() in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scan_is_made_anew_when_the_shards_change(folder, tmp_path):
+    before = Manifest.open(folder)
+    write_set(tmp_path / "other", [3, 0, 4, 2, 5])
+    shutil.copy(tmp_path / "other" / "004.tar", folder)
+    after = Manifest.open(folder)
+    assert (len(before), len(after)) == (9, 14)
+    assert before.fingerprint != after.fingerprint
+
+
+def unwritable(monkeypatch, folder):
+    """Makes a folder read-only, also for a super-user."""
+    real = manifest_module.replacing
+
+    def refusing(path):
+        if path.parent == folder:
+            raise PermissionError(13, "read-only", str(path))
+        return real(path)
+
+    monkeypatch.setattr(manifest_module, "replacing", refusing)
+
+
+def set_aside(place, rows):
+    manifest = Manifest.open(place, quarantine=False)
+    return manifest.set_aside(
+        {row: manifest.problem(row, Reason.UNDECODABLE, "found by a look at all") for row in rows}
+    )
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_read_only_set_keeps_both_lists_in_the_cache(folder, monkeypatch, read_only):
+    if read_only:
+        unwritable(monkeypatch, folder)
+    Manifest.open(folder)
+    path = set_aside(folder, [1, 5])
+    home = cache_folder(storage_of(folder)) if read_only else folder
+    assert path == home / QUARANTINE_FILE
+    assert {"manifest.json", "quarantine.json", "samples.parquet"} <= {
+        path.name for path in home.iterdir()
+    }
+    assert numbers(Manifest.open(folder)) == [0, 2, 3, 4, 6, 7, 8]
+
+
+def test_what_is_set_aside_is_out_of_the_order_and_told(folder):
+    whole = Manifest.open(folder)
+    path = set_aside(folder, [0, 1, 2, 5])  # all of the first shard
+    left = Manifest.open(folder)
+    assert [shard.samples for shard in left.shards] == [0, 0, 3, 2]
+    assert numbers(left) == [3, 4, 6, 7, 8]
+    assert [(p.shard, p.key, p.reason) for p in left.problems] == [
+        ("000.tar", "00000", Reason.UNDECODABLE),
+        ("000.tar", "00001", Reason.UNDECODABLE),
+        ("000.tar", "00002", Reason.UNDECODABLE),
+        ("002.tar", "00005", Reason.UNDECODABLE),
+    ]
+    assert left.fingerprint != whole.fingerprint
+    with ShardLoader(folder, batch_size=5, image_size=SIDE, lanes=1) as loader:
+        for _ in range(3):
+            batch = next(loader)
+            assert sorted(fields["number"] for fields in batch.fields) == [3, 4, 6, 7, 8]
+        report = loader.report()
+    assert (report["bad"], len(report["left_out"])) == (0, 4)
+    # Another list, another data set; without the list, the first one again.
+    set_aside(folder, [0])
+    assert Manifest.open(folder).fingerprint not in {left.fingerprint, whole.fingerprint}
+    path.unlink()
+    assert Manifest.open(folder).fingerprint == whole.fingerprint
+    assert len(Manifest.open(folder, quarantine=False)) == 9
+
+
+def test_a_list_of_other_shards_is_refused(folder, tmp_path):
+    path = set_aside(folder, [1])
+    write_set(tmp_path / "other", [3, 0, 4, 2, 5])
+    shutil.copy(tmp_path / "other" / "004.tar", folder)
+    with pytest.raises(ValueError, match=r"quarantine\.json was made for other shards"):
+        Manifest.open(folder)
+    path.unlink()
+    assert len(Manifest.open(folder)) == 14
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "unreadable"),
+        ("[]", "unreadable"),
+        ('{"fingerprint": 3, "samples": [{}]}', "unreadable"),
+        ('{"fingerprint": "FP", "samples": [{"row": 99, "shard": "", "key": "", '
+         '"reason": "no image", "detail": ""}]}', "other shards"),
+    ],
+)  # fmt: skip
+def test_a_damaged_list_is_told_in_a_line(folder, content, message):
+    content = content.replace("FP", Manifest.open(folder).fingerprint)
+    (folder / QUARANTINE_FILE).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Manifest.open(folder)
+    assert str(folder / QUARANTINE_FILE) in str(caught.value)
+
+
+def test_a_list_of_everything_leaves_no_data_set(folder):
+    set_aside(folder, range(9))
+    with pytest.raises(ValueError, match="every sample"):
+        Manifest.open(folder)
+
+
+def test_joined_sets_read_as_their_parts(folder, tmp_path):
+    other = write_set(tmp_path / "other", [2, 1])
+    parts = [Manifest.open(folder), Manifest.open(other)]
+    joined = Manifest.joined(parts)
+    assert numbers(joined) == [*range(9), *range(3)]
+    assert Manifest.joined(parts[:1]) is parts[0]
+    assert joined.fingerprint != Manifest.joined(parts[::-1]).fingerprint
+    assert np.array_equal(np.unique(joined.shard_numbers), [0, 2, 3, 4, 5])
+
+
+def test_a_manifest_of_another_version_is_refused(folder):
+    Manifest.open(folder)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        Manifest.open(folder)
