@@ -67,13 +67,28 @@ class Training:
 
 def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     """Make every part of a run from its configuration; nothing is written yet."""
-    augment, loader = make_augment(config), make_loader(config, accelerator)
+    augment, loader = make_augment(config), make_loader(config, open_sources(config), accelerator)
     captions = CaptionWriter(config.captions, seed=config.seed)
     manifest = loader.manifest
     # The first sample tells whether the field is there, before anything is written.
     first = next(iterate(manifest, batch_size=1, image_size=8, captions=config.caption_fields))
     positive_labels(first, config.loss.positives)
     tokenizer = make_tokenizer(config, manifest, captions)
+    return assemble(
+        config, accelerator, loader=loader, augment=augment, captions=captions, tokenizer=tokenizer
+    )
+
+
+def assemble(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    *,
+    loader: ShardLoader,
+    augment: Augment | None,
+    captions: CaptionWriter,
+    tokenizer: Tokenizer,
+) -> Training:
+    """The model and its optimiser, together with what feeds them."""
     torch.manual_seed(config.seed)
     loss = InfoNCE(
         temperature=config.loss.temperature,
@@ -105,7 +120,7 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
         wrapped=accelerator.prepare_model(objective),
         optimizer=optimizer,
         average=average,
-        fingerprint=manifest.fingerprint,
+        fingerprint=loader.manifest.fingerprint,
     )
 
 
@@ -168,10 +183,12 @@ def open_sources(config: PretrainConfig) -> list[Source]:
     return [Source(Manifest.open(source.data), source.weight) for source in config.data]
 
 
-def make_loader(config: PretrainConfig, accelerator: Accelerator) -> ShardLoader:
+def make_loader(
+    config: PretrainConfig, sources: list[Source], accelerator: Accelerator
+) -> ShardLoader:
     """The training stream: this process's share of every global batch."""
     return ShardLoader(
-        open_sources(config),
+        sources,
         batch_size=config.batch_size,
         image_size=config.augment.decode_size or config.model.image_size,
         seed=config.seed,
