@@ -3,18 +3,22 @@
 import io
 import json
 import unicodedata
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from shards.crop import Box, central_square
 from shards.damage import BadSample, Reason
+from shards.native import NATIVE
 
 IMAGE_FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP")
 """Formats that are decoded, as Pillow names them; all others are refused unread."""
@@ -26,6 +30,10 @@ _MAGIC = (
     (b"BM", "bmp"),
 )
 _ORIENTATION = 0x0112
+# EXIF's orientations: those that swap rows and columns, then the steps along both.
+_LYING = (5, 6, 7, 8)
+_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
+_JPEG_REDUCTIONS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -69,23 +77,54 @@ def decode_image(
     Raises:
         BadSample: If the picture is empty, exceeds a limit, or cannot be decoded.
     """
-    limits = limits or Limits()
-    if not data:
-        raise BadSample(Reason.EMPTY_IMAGE, "zero bytes")
-    if len(data) > limits.image_bytes:
-        raise BadSample(Reason.TOO_MANY_BYTES, f"{len(data)} bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
-            _check_size(picture.size, limits)
-            return np.asarray(_upright_rgb(picture, channels))
-    except BadSample:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(Reason.TOO_MANY_PIXELS, str(error)) from None
-    except UnidentifiedImageError:  # its message holds an address, which differs from run to run
-        raise BadSample(Reason.UNDECODABLE, "not a picture of a known format") from None
-    except Exception as error:  # whatever a decoder throws at damaged bytes means one bad sample
-        raise BadSample(Reason.UNDECODABLE, f"{type(error).__name__}: {error}"[:200]) from None
+    picture, orientation = _open(data, limits or Limits())
+    with _any_failure_is_a_bad_sample():
+        return _turned(_pillow_pixels(picture, channels), orientation)
+
+
+def decode_square(
+    data: bytes,
+    size: int,
+    *,
+    crop: Callable[[int, int], Box] = central_square,
+    channels: int = 3,
+    fidelity: Literal["exact", "fast"] = "exact",
+    limits: Limits | None = None,
+) -> UInt8[Tensor, "{channels} {size} {size}"]:
+    """Decodes a part of a picture to a square: what training reads.
+
+    The order is: header, limits, box, decoding, box cut out, resizing of the box alone. `"exact"`
+    gives `fit_square(decode_image(data), size)`, for any box: bit for bit where torchvision and
+    Pillow were built with the same codecs, else within the bounds of `shards.native`.
+
+    `"fast"` reads a JPEG at a half, a quarter or an eighth of its size while the box still has
+    twice the pixels of the square; the box is then rounded to whole pixels of that smaller picture.
+    From 2048 x 1536 to 224 it takes two thirds of the time and stays within 46 dB.
+
+    Args:
+        data: The encoded picture.
+        size: Side of the result in pixels.
+        crop: Finds the box that is used, given height and width of the upright picture.
+        channels: 3 lays transparent pictures onto white; 4 keeps their alpha channel.
+        fidelity: Whether large JPEG may be read at a reduced size.
+        limits: What the picture may ask for.
+
+    Raises:
+        BadSample: If the picture is empty, exceeds a limit, or cannot be decoded.
+    """
+    picture, orientation = _open(data, limits or Limits())
+    height, width = picture.height, picture.width
+    box = crop(width, height) if orientation in _LYING else crop(height, width)
+    with _any_failure_is_a_bad_sample():
+        shrink = _shrink(picture, box, size) if fidelity == "fast" else 1
+        if shrink > 1:
+            picture.draft(None, (width // shrink, height // shrink))
+            box = _reduced(box, shrink)
+        if shrink > 1 or channels == 4:
+            pixels = _pillow_pixels(picture, channels)
+        else:
+            pixels = NATIVE.decode(data, picture, lambda: _pillow_pixels(picture, channels))
+    return _fitted(_turned(pixels, orientation), box, size)
 
 
 def fit_square(image: UInt8[ndarray, "height width channels"], size: int) -> ndarray:
@@ -101,16 +140,10 @@ def fit_square(image: UInt8[ndarray, "height width channels"], size: int) -> nda
     Returns:
         The picture as `[size, size, channels]`, uint8.
     """
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     if (height, width) == (size, size):
         return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    if side == size:
-        return square
-    tensor = torch.from_numpy(square.copy()).permute(2, 0, 1)[None]
-    return resize(tensor, size)[0].permute(1, 2, 0).numpy().reshape(size, size, channels)
+    return _fitted(image, central_square(height, width), size).permute(1, 2, 0).numpy()
 
 
 def resize(
@@ -173,6 +206,33 @@ def _text(data: bytes, most: int) -> str:
         raise BadSample(Reason.BAD_TEXT, str(error)) from None
 
 
+@contextmanager
+def _any_failure_is_a_bad_sample() -> Generator[None]:
+    """Whatever a decoder throws at damaged bytes means one bad sample."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(Reason.TOO_MANY_PIXELS, str(error)) from None
+    except UnidentifiedImageError:  # its message holds an address, which differs from run to run
+        raise BadSample(Reason.UNDECODABLE, "not a picture of a known format") from None
+    except Exception as error:
+        raise BadSample(Reason.UNDECODABLE, f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int]:
+    """A picture whose header was read and keeps the limits, and its EXIF orientation."""
+    if not data:
+        raise BadSample(Reason.EMPTY_IMAGE, "zero bytes")
+    if len(data) > limits.image_bytes:
+        raise BadSample(Reason.TOO_MANY_BYTES, f"{len(data)} bytes")
+    with _any_failure_is_a_bad_sample():
+        picture = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        _check_size(picture.size, limits)
+        return picture, picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+
+
 def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if width < 1 or height < 1:
@@ -183,21 +243,52 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise BadSample(Reason.ABSURD_ASPECT, f"{width} x {height} pixels")
 
 
-def _upright_rgb(picture: Image.Image, channels: int) -> Image.Image:
-    """The picture as RGB or RGBA, upright."""
+def _pillow_pixels(picture: Image.Image, channels: int) -> UInt8[ndarray, "h w {channels}"]:
+    """The picture as RGB or RGBA, as it is stored."""
     mode = "RGB" if channels == 3 else "RGBA"
-    if "exif" in picture.info and picture.getexif().get(_ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode == mode:
-        picture.load()
-        return picture
     if picture.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip instead of scale
         picture = Image.fromarray((np.asarray(picture, np.uint32) >> 8).astype(np.uint8))
+    if picture.mode == mode:
+        return np.asarray(picture)
     if channels == 4 or not picture.has_transparency_data:
-        return picture.convert(mode)
+        return np.asarray(picture.convert(mode))
     layer = picture.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
+    return np.asarray(Image.alpha_composite(white, layer).convert("RGB"))
+
+
+def _turned(pixels: UInt8[ndarray, "h w c"], orientation: int) -> UInt8[ndarray, "H W c"]:
+    """A view of stored pixels, upright; what EXIF does not define is left as it is."""
+    if orientation in _LYING:
+        pixels = pixels.swapaxes(0, 1)
+    down, across = _FLIPS.get(orientation, (1, 1))
+    return pixels[::down, ::across]
+
+
+def _shrink(picture: Image.Image, box: Box, size: int) -> int:
+    """By how much a JPEG can be reduced while a box keeps twice the pixels that are asked for."""
+    if picture.format not in ("JPEG", "MPO"):
+        return 1
+    side = min(box.height, box.width)
+    return next((by for by in _JPEG_REDUCTIONS if side >= 2 * size * by), 1)
+
+
+def _reduced(box: Box, by: int) -> Box:
+    """A box in a picture reduced to `1 / by`, in whole pixels."""
+    top, left = round(box.top / by), round(box.left / by)
+    bottom, right = (box.top + box.height) // by, (box.left + box.width) // by
+    return Box(top, left, bottom - top, right - left)
+
+
+def _fitted(
+    pixels: UInt8[ndarray, "height width channels"], box: Box, size: int
+) -> UInt8[Tensor, "channels {size} {size}"]:
+    """One part of a picture, resized to a square."""
+    part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    # Torch's kernel is quickest on pixels that lie densely, channel by channel.
+    dense = torch.from_numpy(np.require(part, requirements=("C", "W")))
+    image = dense[None].permute(0, 3, 1, 2)
+    return (image if part.shape[:2] == (size, size) else resize(image, size))[0]
 
 
 def _scale(images: Tensor, size: int) -> Tensor:

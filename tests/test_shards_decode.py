@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from shards import decode, native
+from shards.crop import Box, RandomCrop
 from shards.damage import BadSample, Reason
 from shards.decode import (
     Limits,
     decode_caption,
     decode_fields,
     decode_image,
+    decode_square,
     fit_square,
     resize,
     sniff_extension,
@@ -196,3 +199,216 @@ def test_hidden_colours_do_not_bleed_into_visible_ones():
     visible = small[:, 3] > 8
     assert small[:, 0][visible].min() > 250
     assert small[:, 1][visible].max() < 8
+
+
+SMOOTH = SCENE.resize((120, 72), Image.Resampling.BICUBIC)
+SEE_THROUGH = SMOOTH.convert("RGBA")
+SEE_THROUGH.putalpha(SMOOTH.convert("L"))
+RAMP = np.arange(0, 64000, 10, dtype=np.uint16).reshape(80, 80)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+KINDS = {
+    "jpeg": lambda: encode(SMOOTH, "JPEG"),
+    "jpeg, progressive": lambda: encode(SMOOTH, "JPEG", progressive=True),
+    "jpeg, full colour": lambda: encode(SMOOTH, "JPEG", subsampling=0, quality=98),
+    "jpeg, gray": lambda: encode(SMOOTH.convert("L"), "JPEG"),
+    "jpeg, cmyk": lambda: encode(SMOOTH.convert("CMYK"), "JPEG"),
+    "jpeg, turned": lambda: encode(SMOOTH, "JPEG", exif=TURNED),
+    "jpegs in one": lambda: encode(SMOOTH, "MPO", save_all=True, append_images=[SCENE]),
+    "png": lambda: encode(SMOOTH, "PNG"),
+    "png, transparent": lambda: encode(SEE_THROUGH, "PNG"),
+    "png, 16 bits": lambda: encode(Image.fromarray(RAMP), "PNG"),
+    "png, palette": lambda: encode(SMOOTH.quantize(9), "PNG"),
+    "png, turned": lambda: encode(SMOOTH, "PNG", exif=TURNED),
+    "webp": lambda: encode(SMOOTH, "WEBP"),
+    "webp, lossless": lambda: encode(SMOOTH, "WEBP", lossless=True),
+    "webp, transparent": lambda: encode(SEE_THROUGH, "WEBP"),
+    "webp, moving": lambda: encode(SMOOTH, "WEBP", save_all=True, append_images=[SMOOTH.rotate(9)]),
+    "webp, turned": lambda: encode(SMOOTH, "WEBP", exif=TURNED),
+    "gif": lambda: encode(SMOOTH, "GIF"),
+    "bmp": lambda: encode(SMOOTH, "BMP"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def unwatched(monkeypatch):
+    """Decoders past their comparisons with Pillow."""
+    decoders = native.NativeDecoders(checks=0)
+    monkeypatch.setattr(decode, "NATIVE", decoders)
+    return decoders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("size", [24, 72, 100])
+def test_a_decoded_square_is_the_picture_cut_and_resized(kind, channels, size, unwatched):
+    data = KINDS[kind]()
+    whole = decode_image(data, channels=channels)
+    found = decode_square(data, size, channels=channels)
+    assert found.shape == (channels, size, size)
+    assert torch.equal(found.permute(1, 2, 0), torch.from_numpy(fit_square(whole, size).copy()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_is_cut_out_of_the_upright_picture(kind, unwatched):
+    data = KINDS[kind]()
+    whole = decode_image(data)
+    asked = []
+
+    def crop(height, width):
+        asked.append((height, width))
+        return Box(3, 5, height - 20, width - 9)
+
+    found = decode_square(data, 32, crop=crop)
+    assert asked == [whole.shape[:2]]
+    part = torch.from_numpy(whole[3:-17, 5:-4].copy()).permute(2, 0, 1)
+    assert torch.equal(found, resize(part[None], 32)[0])
+
+
+def test_a_mistake_of_the_crop_is_not_the_samples():
+    def crop(height, width):
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        decode_square(KINDS["png"](), 32, crop=crop)
+
+
+@pytest.mark.parametrize(
+    "kind", ["jpeg", "jpeg, progressive", "jpeg, gray", "jpegs in one", "webp", "webp, transparent"]
+)
+def test_plain_pictures_do_without_pillow(kind):
+    data = KINDS[kind]()
+    opened = Image.open(io.BytesIO(data))
+
+    def pillow():
+        raise AssertionError("Pillow was asked")
+
+    found = native.NativeDecoders(checks=0).decode(data, opened, pillow)
+    assert (found == decode_image(data)).all()
+
+
+def damaged(data, rng):
+    """Data cut, with bits flipped, overwritten, with a part missing, or ended early."""
+    data, place = bytearray(data), int(rng.integers(2, len(data)))
+    match rng.integers(5):
+        case 0:
+            return bytes(data[:place])
+        case 1:
+            data[place] ^= 1 << int(rng.integers(8))
+        case 2:
+            for other in rng.integers(2, len(data), 9).tolist():
+                data[other] = int(rng.integers(256))
+        case 3:
+            del data[place : place + 40]
+        case 4:
+            return bytes(data[:place]) + b"\xff\xd9"
+    return bytes(data)
+
+
+def outcome(call, data):
+    """The picture, or what is wrong with it."""
+    try:
+        return call(data)
+    except BadSample as bad:
+        return bad.reason, bad.detail
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "turned" not in kind])
+def test_damage_is_the_same_to_every_decoder(kind, unwatched):
+    """Of damaged bytes comes the picture that Pillow makes of them, or one and the same reason."""
+    data, rng = KINDS[kind](), np.random.default_rng(1)
+    bad = 0
+    for _ in range(150):
+        broken = damaged(data, rng)
+        expected = outcome(lambda broken: fit_square(decode_image(broken), 24), broken)
+        found = outcome(lambda broken: decode_square(broken, 24).permute(1, 2, 0).numpy(), broken)
+        assert np.array_equal(found, expected)
+        bad += isinstance(found, tuple)
+    assert bad >= 10
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg, progressive", "png", "webp", "gif", "bmp"])
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_a_truncated_picture_is_bad(kind, fidelity, unwatched):
+    data = KINDS[kind]()
+    for share in (0.3, 0.6, 0.9):
+        cut = data[: int(share * len(data))]
+        assert reason_of(decode_square, cut, 8, fidelity=fidelity) == Reason.UNDECODABLE
+
+
+def test_limits_hold_before_anything_is_decoded(unwatched):
+    data = KINDS["jpeg"]()
+    for limits, reason in (
+        (Limits(image_bytes=10), Reason.TOO_MANY_BYTES),
+        (Limits(pixels=100), Reason.TOO_MANY_PIXELS),
+        (Limits(aspect=1.2), Reason.ABSURD_ASPECT),
+    ):
+        assert reason_of(decode_square, data, 24, limits=limits) == reason
+    assert reason_of(decode_square, bomb(40_000, 40_000), 24) == Reason.TOO_MANY_PIXELS
+    assert reason_of(decode_square, b"", 24) == Reason.EMPTY_IMAGE
+
+
+def decibels(found, expected):
+    """Peak signal over the root of the mean square difference."""
+    return float(20 * torch.log10(255 / (found.float() - expected.float()).square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_read_at_a_reduced_size(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = SMOOTH.resize((1000, 600), Image.Resampling.BICUBIC)
+    data = encode(large, "JPEG", quality=92, exif=exif)
+    row = RandomCrop(0).draws(np.array([5]), np.array([0]))[0]
+    drawn = RandomCrop(0).box(row, 600, 600)
+    for box, least in ((Box(8, 16, 584, 592), 40), (drawn, 30)):  # the first needs no rounding
+
+        def square(size, fidelity, box=box):
+            return decode_square(data, size, crop=lambda *_: box, fidelity=fidelity)
+
+        assert not torch.equal(square(64, "fast"), square(64, "exact"))
+        assert decibels(square(64, "fast"), square(64, "exact")) > least
+        assert torch.equal(square(150, "fast"), square(150, "exact"))
+
+
+def watched(change):
+    """Decoders whose JPEG pixels are changed, and what two pictures come out as."""
+    decoders = native.NativeDecoders(checks=2)
+    decoder = decoders._operators["JPEG"]
+    decoders._operators["JPEG"] = lambda *arguments: change(decoder(*arguments))
+    data = KINDS["jpeg"]()
+    expected = decode_image(data)
+
+    def found():
+        return decoders.decode(data, Image.open(io.BytesIO(data)), lambda: expected)
+
+    return decoders, found, expected
+
+
+def test_a_decoder_close_to_pillow_is_trusted_after_its_checks():
+    decoders, found, expected = watched(lambda pixels: pixels ^ (pixels.sum(0) % 7 == 0))
+    assert found() is expected
+    assert found() is expected
+    assert np.abs(found().astype(int) - expected).max() == 1
+    assert decoders.states == {"JPEG": "torchvision"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda pixels: pixels ^ 1, lambda pixels: pixels.roll(1, 2), lambda pixels: 0 * pixels],
+)
+def test_a_decoder_that_differs_from_pillow_is_given_up(change):
+    decoders, found, expected = watched(change)
+    with pytest.warns(RuntimeWarning, match="JPEG pictures are decoded by Pillow from now on"):
+        assert found() is expected
+    assert found() is expected
+    assert decoders.states["JPEG"].startswith("Pillow, as torchvision's differ by ")
+
+
+def test_without_torchvisions_decoders_pillow_does_everything(monkeypatch):
+    monkeypatch.setattr(native, "_OPERATORS", {"JPEG": "no_such_operator"})
+    monkeypatch.setattr(decode, "NATIVE", native.NativeDecoders())
+    data = KINDS["jpeg"]()
+    assert (
+        decode_square(data, 72).permute(1, 2, 0).numpy() == fit_square(decode_image(data), 72)
+    ).all()
