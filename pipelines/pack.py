@@ -1,49 +1,113 @@
 """`align pack`: image-text pairs into WebDataset shards with a manifest."""
 
-from pipelines.config import ConfigError
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
 from pipelines.schemas import PackConfig
-from shards.sources import FolderSource, ParquetSource
+from shards.damage import Problem
+from shards.manifest import Manifest
+from shards.recode import Recode
+from shards.sources import Source, find_format, open_source
 from shards.write import pack
+
+_SHOWN_PROBLEMS = 10
+_SECONDS_BETWEEN_LINES = 10
 
 
 def run(config: PackConfig) -> int:
     """Pack, then say what there is."""
-    sources = config.source if isinstance(config.source, list) else [config.source]
-    if len(sources) == 1 and sources[0].is_dir():
-        records = FolderSource(sources[0])
-    else:
-        for source in sources:
-            if source.suffix not in {".parquet", ".pq"}:
-                raise ConfigError(
-                    f"source: {source} is neither a folder of pictures (with .txt or .json beside "
-                    "them) nor a Parquet file with image bytes"
-                )
-        records = ParquetSource(
-            sources,
-            image=config.image,
-            caption=config.caption,
-            key=config.key,
-            where=config.where,
-        )
-    manifest = pack(
-        records,
-        config.out,
-        samples_per_shard=config.samples_per_shard,
-        shuffle_seed=config.shuffle_seed,
-        strict=config.strict,
-        overwrite=config.overwrite,
+    source = _source(config)
+    recoding = Recode(
+        resize=config.resize,
+        side=config.resize_side,
+        encode=None if config.encode == "keep" else config.encode,
+        quality=config.quality,
     )
-    for problem in manifest.problems[:10]:
+    workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
+    with _Progress(len(source)) as progress:
+        manifest = pack(
+            source,
+            config.out,
+            samples_per_shard=config.samples_per_shard,
+            shuffle_seed=config.shuffle_seed,
+            recoding=recoding,
+            sidecars=config.sidecars,
+            strict=config.strict,
+            overwrite=config.overwrite,
+            workers=workers,
+            progress=progress,
+            tell=print,
+        )
+    _say(manifest, config)
+    return 0
+
+
+def _source(config: PackConfig) -> Source:
+    places = config.source if isinstance(config.source, list) else [config.source]
+    if not places:
+        raise ValueError("source names nothing")
+    name = config.format
+    if name is None:
+        name = find_format(places)
+    source = open_source(
+        places,
+        format=name,
+        image=config.image,
+        caption=config.caption,
+        key=config.key,
+        where=config.where or None,
+        root=config.root,
+        merge=config.merge,
+        template=config.template,
+    )
+    if config.format is None:
+        print(f"{', '.join(places[:3])}: taken as format={name}, {len(source):,} records")
+    return source
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="packing", unit=" samples", disable=None)
+        self._began = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        if self._first is None:  # what an earlier pack had done says nothing about the rate
+            self._first, self._began = done, now
+        if not self._bar.disable or not total or now - self._told < _SECONDS_BETWEEN_LINES:
+            return
+        self._told = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        print(f"{done:,} of {total:,} records, {rate:.0f}/s{left}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _say(manifest: Manifest, config: PackConfig) -> None:
+    problems: tuple[Problem, ...] = manifest.problems
+    for problem in problems[:_SHOWN_PROBLEMS]:
         print(f"left out: {problem}")
-    if len(manifest.problems) > 10:
-        print(f"left out: {len(manifest.problems) - 10} more, listed in {config.out}/manifest.json")
+    if len(problems) > _SHOWN_PROBLEMS:
+        more = len(problems) - _SHOWN_PROBLEMS
+        print(f"left out: {more:,} more, listed in {config.out}/manifest.json")
     shards = f"{len(manifest.shards)} shard" + ("s" if len(manifest.shards) != 1 else "")
-    left_out = f", {len(manifest.problems)} left out" if manifest.problems else ""
+    left_out = f", {len(problems):,} left out" if problems else ""
     print(
-        f"{config.out}: {len(manifest)} samples in {shards}{left_out}, "
+        f"{config.out}: {len(manifest):,} samples in {shards}{left_out}, "
         f"fingerprint {manifest.fingerprint[:12]}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
 """Packing: records into tar shards and a manifest, with equal bytes for equal input."""
 
-import fcntl
+import errno
 import hashlib
-import json
 import os
-import re
-import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count, islice
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 from tqdm import tqdm
-from webdataset.writer import TarWriter
 
-from shards.atomic import replacing, sync_folder
-from shards.damage import BadSample, Problem, Reason, TooMuchDamageError
-from shards.decode import Limits, decode_caption, decode_fields, decode_image, sniff_extension
-from shards.manifest import CAPTION_FIELD, JSON_FIELD, MANIFEST_FILE, SAMPLES_FILE, Manifest
+from shards.assemble import Rules, ShardWriter, WrittenShard, too_strict
+from shards.damage import Problem
+from shards.decode import Limits
+from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
 from shards.order import hash64
-from shards.sources import MAX_KEY, Record
-from shards.tar import TarContent, read_tar
+from shards.recode import Recode
+from shards.sidecars import SIDECARS, PackedShard, check_names
+from shards.sources import Record
+from shards.tar import TarContent
+from shards.work import WORK_FOLDER, WorkFolder
 
-WORK_FOLDER = ".packing"
-"""Where a pack grows inside its folder; what a pack that was cut off leaves behind."""
+__all__ = ["WORK_FOLDER", "pack"]
 
-_FIT_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}")
-_Members = dict[str, str | bytes]
+# Changes where shards made of the same records would differ, so that no old ones are gone on with.
+_RECIPE = 1
 
 
 def pack(
@@ -37,88 +38,128 @@ def pack(
     *,
     samples_per_shard: int = 1000,
     shuffle_seed: int | None = None,
+    recoding: Recode | None = None,
+    sidecars: Sequence[str] = (),
     strict: bool = False,
     overwrite: bool = False,
     limits: Limits | None = None,
+    workers: int = 0,
     progress: Callable[[int, int | None], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Writes records as WebDataset shards with a manifest.
 
     Every picture is decoded once, and what cannot be used is left out and told in the manifest's
-    `problems`. Time stamps, owners and the order of members are fixed, so equal records give equal
-    bytes. The shards appear in `out` when all of them are whole, and the manifest last; what a pack
-    that was cut off left there is cleared away.
+    `problems`. Shard `k` holds the good ones of records `k * samples_per_shard` and following, so
+    shards do not depend on each other. Time stamps, owners and the order of members are fixed, so
+    equal records give equal bytes, whatever the number of workers. The shards appear in `out` when
+    all of them are whole, and the manifest last. A pack that was cut off goes on with the shards
+    that it had finished, if the records are a `Source` and nothing has changed.
 
     Args:
         records: From `shards.sources`, or any others.
         out: The folder to write; new, empty, or left by a pack that was cut off.
-        samples_per_shard: Samples in each shard but the last.
-        shuffle_seed: Mixes the records. A lazy sequence (a folder) is mixed by its index; any other
-            iterable is held in memory for it.
+        samples_per_shard: Records of each shard but the last.
+        shuffle_seed: Mixes the records. A sequence is mixed by its index; any other iterable is
+            held in memory for it.
+        recoding: What becomes of pictures; they keep their bytes unless stated.
+        sidecars: Names from `shards.sidecars.SIDECARS`: files for other tools, beside the shards.
         strict: Stop at the first bad record instead of leaving it out.
         overwrite: Replace a packed data set in `out`, once the new one is whole.
         limits: What a record may ask for.
+        workers: Background threads, each with a shard of its own; 0 packs in this one. Records that
+            are no sequence are packed in this one.
         progress: Called with the records done and their number, if known, after each of them;
             without it a bar is shown on a terminal.
+        tell: Called with a line where there is something to say of a pack that was cut off.
 
     Returns:
         The manifest of the new data set.
 
     Raises:
         ValueError: If `out` holds something else, a key repeats or is unfit, or no record is good.
+        OSError: If the disk is full; the finished shards stay for the next try.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder to pack into")
-    out.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(out):
-        old = _replaceable(out, overwrite=overwrite)
-        work = out / WORK_FOLDER
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir()
-        total = len(records) if isinstance(records, Sequence) else None
-        mixed = records if shuffle_seed is None else _shuffled(records, shuffle_seed)
-        check = _Check(limits or Limits(), strict=strict)
-        good = check.good(_watched(mixed, total, progress))
-        manifest = Manifest.from_contents(out, _write_shards(work, good, samples_per_shard))
-        if not len(manifest):
-            shutil.rmtree(work)
-            raise ValueError(f"no usable record for {out}{check.summary()}")
-        manifest.problems = (*check.problems, *manifest.problems)
-        _move_in(manifest, work, old)
+    if workers < 0:
+        raise ValueError(f"workers={workers} must not be negative")
+    check_names(sidecars)
+    out, tell = Path(out), tell or (lambda _: None)
+    rules = Rules(limits or Limits(), recoding or Recode(), strict, "img2dataset" in sidecars)
+    plan = _plan(records, rules, samples_per_shard, shuffle_seed)
+    with WorkFolder.of(out) as work:
+        if work.end_move(plan):
+            tell(f"{out}: the last step of the pack that was cut off is done")
+            return Manifest.load(out)
+        old = work.replaceable(overwrite=overwrite)
+        kept = work.begin(plan)
+        if kept is None:
+            tell(f"{out}: what was begun here was another source or other options; starting anew")
+        elif kept:
+            tell(f"{out}: going on with the pack that was cut off, {kept} shards are done")
+        threads = workers if isinstance(records, Sequence) else 0
+        with _Progress(records, progress) as done:
+            writer = ShardWriter(work, rules, done.add)
+            batches = _batches(records, samples_per_shard, shuffle_seed)
+            packed = _Packed(tuple(getattr(records, "problems", ())), strict)
+            try:
+                with closing(writer.all(batches, threads)) as run:
+                    manifest = Manifest.from_contents(out, packed.contents(run, work))
+                if not len(manifest):
+                    work.clear()
+                    raise ValueError(f"no usable record for {out}{packed.summary()}")
+                manifest.problems = (*packed.problems, *manifest.problems)
+                moves = packed.beside(manifest, sidecars, work)
+                work.move_in(moves, old)
+            except OSError as error:
+                raise _explained(error, out, len(packed.shards)) from None
     return manifest
 
 
 @dataclass
-class _Check:
-    """Turns good records into members of a tar, and notes the others."""
+class _Packed:
+    """Collects what was packed, shard by shard, and numbers the shards that are not empty."""
 
-    limits: Limits
+    problems: tuple[Problem, ...]
     strict: bool
-    problems: list[Problem] = field(default_factory=list)
-    keys: set[str] = field(default_factory=set)
+    moves: dict[str, str] = field(default_factory=dict)
+    shards: list[PackedShard] = field(default_factory=list)
 
-    def good(self, records: Iterable[Record]) -> Iterator[_Members]:
-        for record in records:
-            if not _FIT_KEY.fullmatch(record.key):
-                raise ValueError(
-                    f"the key {record.key!r} is unfit: at most {MAX_KEY} letters, digits, _ and -"
-                )
-            if record.key in self.keys:
-                raise ValueError(
-                    f"the key {record.key!r} comes twice; choose a key that names each record once"
-                )
-            self.keys.add(record.key)
-            try:
-                yield self._members(record)
-            except BadSample as bad:
-                problem = Problem(record.origin, record.key, bad.reason, bad.detail)
-                if self.strict:
-                    raise TooMuchDamageError(f"{problem}; strict packing stops here") from None
-                self.problems.append(problem)
+    def contents(self, run: Iterator[WrittenShard], work: WorkFolder) -> Iterator[TarContent]:
+        """The walks over the shards, for the manifest."""
+        keys = _Keys()
+        if self.strict and self.problems:
+            raise too_strict(self.problems[0])
+        for shard in run:
+            content, problems = shard.content, shard.problems
+            if self.strict and problems:
+                raise too_strict(problems[0])
+            self.problems += tuple(problems)
+            keys.add([*(one.key for one in content.samples), *(bad.key for bad in problems)])
+            if not content.samples:
+                continue
+            written, content.name = content.name, f"{len(self.shards):06d}.tar"
+            content.sha256 = shard.note["sha256"]
+            self.moves[written] = content.name
+
+            def rows(number: int = shard.number) -> list[dict[str, Any]]:
+                return (work.finished(number) or {})["rows"]
+
+            self.shards.append(PackedShard.of(content, md5=shard.note["md5"], rows=rows))
+            yield content
+
+    def beside(
+        self, manifest: Manifest, sidecars: Sequence[str], work: WorkFolder
+    ) -> dict[str, str]:
+        """Writes manifest and sidecars; returns what moves where, shards included."""
+        manifest.save(work.folder)
+        moves = {**self.moves, SAMPLES_FILE: SAMPLES_FILE, MANIFEST_FILE: MANIFEST_FILE}
+        for name in dict.fromkeys(sidecars):
+            for file, data in SIDECARS[name](self.shards):
+                work.write(f"side-{file}", data)
+                moves[f"side-{file}"] = file
+        return moves
 
     def summary(self) -> str:
         """How many records are bad, and the first of them."""
@@ -126,106 +167,102 @@ class _Check:
             return ": there is none at all"
         return f": all {len(self.problems)} are bad; the first: {self.problems[0]}"
 
-    def _members(self, record: Record) -> _Members:
-        """What goes into the tar, after everything that the loader will do to it succeeded."""
-        if record.fault is not None:
-            raise record.fault
-        decode_image(record.image, limits=self.limits)
-        if record.caption is None:
-            raise BadSample(Reason.NO_CAPTION, "none was given")
-        caption = record.caption.encode("utf-8", "surrogateescape")
-        decode_caption(caption, limits=self.limits)
-        extension = sniff_extension(record.image)
-        assert extension is not None, "every format that is decoded is known by its first bytes"
-        members: _Members = {
-            "__key__": record.key,
-            extension: record.image,
-            CAPTION_FIELD: caption,
-        }
-        if record.fields:
-            text = json.dumps(record.fields, ensure_ascii=False, sort_keys=True, default=str)
-            fields = text.encode("utf-8", "surrogateescape")
-            decode_fields(fields, limits=self.limits)
-            members[JSON_FIELD] = fields
-        return members
+
+class _Keys:
+    """The keys that came so far, by 8 bytes of their hashes."""
+
+    def __init__(self) -> None:
+        self._known = np.zeros(0, np.uint64)
+
+    def add(self, keys: Sequence[str]) -> None:
+        """Takes in more keys.
+
+        Raises:
+            ValueError: If one of them came before.
+        """
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+        new = np.frombuffer(digests, np.uint64)
+        # Two sorted runs: a stable sort merges them in one pass.
+        known = np.sort(np.concatenate([self._known, np.sort(new)]), kind="stable")
+        twice = known[1:][known[1:] == known[:-1]]
+        if len(twice):
+            key = keys[int(np.flatnonzero(np.isin(new, twice))[0])]
+            raise ValueError(
+                f"the key {key!r} comes twice; choose a key that names each record once"
+            )
+        self._known = known
 
 
-@contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
-    """Holds a lock on a folder, which ends with the process, however that ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is packing into {out}; wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
+class _Progress:
+    """Counts records over all threads, and shows a bar on a terminal unless somebody else does."""
 
-
-def _replaceable(out: Path, *, overwrite: bool) -> Manifest | None:
-    """The packed data set that may be replaced, or None for an empty folder."""
-    present = sorted(path.name for path in out.iterdir() if path.name != WORK_FOLDER)
-    if not present:
-        return None
-    if MANIFEST_FILE not in present:
-        raise ValueError(f"{out} holds {present[0]!r}; pack into a new or empty folder")
-    old = Manifest.load(out)
-    if not old.is_packed:
-        raise ValueError(f"{out} holds shards that were not packed here; choose another folder")
-    if not overwrite:
-        raise ValueError(f"{out} holds a data set; choose another folder, or set overwrite")
-    return old
-
-
-def _move_in(manifest: Manifest, work: Path, old: Manifest | None) -> None:
-    """Puts finished shards into place; from the first line on, the old data set is gone."""
-    out = manifest.folder
-    if old is not None:
-        for name in (MANIFEST_FILE, SAMPLES_FILE, *(shard.name for shard in old.shards)):
-            (out / name).unlink(missing_ok=True)
-    for shard in manifest.shards:
-        (work / shard.name).replace(out / shard.name)
-    sync_folder(out)
-    manifest.save()
-    work.rmdir()
-
-
-def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
-    kept = records if isinstance(records, Sequence) else list(records)
-    for number in np.argsort(hash64(seed, np.arange(len(kept))), kind="stable").tolist():
-        yield kept[number]
-
-
-def _watched(
-    records: Iterable[Record],
-    total: int | None,
-    progress: Callable[[int, int | None], None] | None,
-) -> Iterator[Record]:
-    if progress is None:
+    def __init__(
+        self, records: Iterable[Record], progress: Callable[[int, int | None], None] | None
+    ) -> None:
+        self._total = len(records) if isinstance(records, Sequence) else None
+        self._progress, self._count = progress, 0
+        self._lock = threading.Lock()
         # `disable=None` shows the bar on a terminal only.
-        yield from tqdm(records, "packing", total, unit=" samples", disable=None)
+        hidden = None if progress is None else True
+        self._bar = tqdm(None, "packing", self._total, unit=" samples", disable=hidden)
+
+    def add(self, records: int) -> None:
+        """More records are done."""
+        with self._lock:
+            self._count += records
+            self._bar.update(records)
+            if self._progress is not None:
+                self._progress(self._count, self._total)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _plan(
+    records: Iterable[Record], rules: Rules, samples_per_shard: int, shuffle_seed: int | None
+) -> dict[str, Any] | None:
+    """All that the bytes of the shards depend on; None for records that have no identity."""
+    identity = getattr(records, "identity", None)
+    if identity is None or not isinstance(records, Sequence):
+        return None
+    return {
+        "recipe": _RECIPE,
+        "source": identity,
+        "records": len(records),
+        "samples_per_shard": samples_per_shard,
+        "shuffle_seed": shuffle_seed,
+        "limits": asdict(rules.limits),
+        "recoding": asdict(rules.recoding),
+        "rows": rules.rows,
+        "pillow": PIL.__version__,
+    }
+
+
+def _batches(
+    records: Iterable[Record], size: int, shuffle_seed: int | None
+) -> Iterator[Iterable[Record]]:
+    """The records of each shard; those of a sequence are not read yet."""
+    if shuffle_seed is not None and not isinstance(records, Sequence):
+        records = list(records)
+    if not isinstance(records, Sequence):
+        left = iter(records)
+        for first in left:
+            batch = chain([first], islice(left, size - 1))
+            yield batch
         return
-    for number, record in enumerate(records, 1):
-        yield record
-        progress(number, total)
+    order = np.arange(len(records))
+    if shuffle_seed is not None:
+        order = np.argsort(hash64(shuffle_seed, order), kind="stable")
+    for start in range(0, len(order), size):
+        yield map(records.__getitem__, order[start : start + size].tolist())
 
 
-def _write_shards(
-    folder: Path, samples: Iterator[_Members], samples_per_shard: int
-) -> Iterator[TarContent]:
-    """Writes shard after shard, each whole or not at all, and yields what is in it."""
-    numbers = count()
-    while chunk := list(islice(samples, samples_per_shard)):
-        path = folder / f"{next(numbers):06d}.tar"
-        with (
-            replacing(path) as stream,
-            TarWriter(stream, encoder=False, mtime=0, user="", group="") as tar,
-        ):
-            for members in chunk:
-                tar.write(members)
-        content = read_tar(path)
-        with path.open("rb") as stream:
-            content.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        yield content
+def _explained(error: OSError, out: Path, finished: int) -> OSError:
+    """A full disk said in one line; any other error as it is."""
+    if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        return error
+    kept = f"{finished} finished shards stay; make room and give the same command again"
+    return OSError(error.errno, f"{os.strerror(error.errno)}; {kept}", str(out))

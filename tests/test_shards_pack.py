@@ -253,7 +253,7 @@ def test_rows_become_records(table, tmp_path):
     assert [one.key for one in source] == ["x-0", "x-2", "x-4"] * 2
     assert [one.image for one in source[:3]] == [picture(i) for i in (0, 2, 4)]
     assert source[-1].caption == "e"
-    assert set(source[0].fields) == {"kind", "number", "struct", "tags"}
+    assert set(source[0].fields) == {"kind", "number", "tags"}
     assert source[1].fields["number"] == 2
     one = ParquetSource(table, image="struct", where={"number": [1, 3], "kind": "y"})
     assert [record.key for record in one] == ["pairs-1", "pairs-3"]
@@ -270,8 +270,11 @@ def test_rows_become_records(table, tmp_path):
         ({"where": {"sort": 1}}, "no column 'sort'"),
         ({"where": {"kind": "z"}}, r"leaves no row of pairs.parquet \(kind is one of x, y\)"),
         ({"where": {"number": "two"}}, "column 'number' holds int64, which 'two' cannot be"),
-        ({"image": "kind"}, "column 'kind' holds string; it must hold encoded pictures"),
-        ({"caption": "tags"}, "column 'tags' holds list.*; a caption must be a string"),
+        ({"image": "number"}, "column 'number' holds int64; it must hold encoded pictures, or path"),
+        ({"image": "kind"}, "there is no picture .*/x; set root to the folder that the paths"),
+        ({"caption": "number"}, "column 'number' holds int64; a caption must be a string"),
+        ({"caption": "struct"}, "column 'struct' holds struct.*; a caption must be a string"),
+        ({"where": {"struct": 1}}, "column 'struct' holds bytes; where cannot look at it"),
     ],
 )
 def test_wrong_columns_are_told(table, options, message):
@@ -285,7 +288,7 @@ def test_wrong_files_are_told(tmp_path):
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         ParquetSource(tmp_path / "text.parquet")
-    with pytest.raises(ValueError, match="no Parquet file was named"):
+    with pytest.raises(ValueError, match="no .parquet or .pq file was named"):
         ParquetSource([])
 
 
