@@ -19,6 +19,7 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
+from shards.crop import RandomCrop
 from shards.decode import resize
 from shards.loader import Batch, ShardLoader, Source, iterate
 from shards.manifest import Manifest
@@ -197,9 +198,25 @@ def make_loader(
         world_size=accelerator.num_processes,
         workers=config.workers,
         captions=config.caption_fields,
+        crop=make_crop(config),
         max_bad_fraction=config.max_bad_fraction,
         strict=config.strict,
     )
+
+
+def make_crop(config: PretrainConfig) -> RandomCrop | None:
+    """What draws the part of a picture that is used, or None for the central square.
+
+    Raises:
+        ConfigError: a senseless range.
+    """
+    crop = config.augment.crop
+    if not config.augment.enabled or crop is None:
+        return None
+    try:
+        return RandomCrop(config.seed, scale=crop.scale, ratio=crop.ratio)
+    except ValueError as error:
+        raise ConfigError(f"augment.{error}") from error
 
 
 def make_augment(config: PretrainConfig) -> Augment | None:

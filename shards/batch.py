@@ -2,25 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 from torch import Tensor
 
 from shards.captions import CaptionRule
+from shards.crop import Box, RandomCrop, central_square
 from shards.damage import BadSample, Problem, Reason
-from shards.decode import Limits, decode_image, fit_square, resize
+from shards.decode import Limits, decode_square
 from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
 from shards.read import ShardReader
-
-Augment = Callable[
-    [UInt8[Tensor, "b c h w"], Int64[Tensor, " b"], Int64[Tensor, " b"]],
-    UInt8[Tensor, "b c s s"] | Float[Tensor, "b c s s"],
-]
-"""`augment(images, ids, epochs)`; what it draws must come from a seed, `ids` and `epochs` alone."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Batch:
     """Samples that are used together.
 
     Attributes:
-        images: Pictures; uint8 unless an augmentation made them something else.
+        images: Pictures, RGB, transparent ones on white.
         captions: One per picture, drawn where a sample has several.
         all_captions: All that each sample has.
         ids: Sample ids, that is, rows of the manifest.
@@ -38,7 +34,7 @@ class Batch:
         consumed: Where the stream stands after this batch, in samples over all ranks.
     """
 
-    images: UInt8[Tensor, "b c s s"] | Float[Tensor, "b c s s"]
+    images: UInt8[Tensor, "b 3 s s"]
     captions: list[str]
     all_captions: list[list[str]]
     ids: Int64[Tensor, " b"]
@@ -57,49 +53,26 @@ class Picture:
 
     Attributes:
         size: Side of the square that comes out, in pixels.
-        channels: 3: RGB, transparent pictures on white; 4: RGB and alpha.
-        stack_size: Side of the stack an augmentation is given; `size` unless stated.
-        augment: Makes the pictures that come out of that stack; without it they are resized.
+        crop: Draws the part of each picture that is used; without it, the central square.
+        fidelity: Whether large JPEG may be read at a reduced size; see `decode_square`.
         limits: What a sample may ask for.
     """
 
     size: int
-    channels: int = 3
-    stack_size: int | None = None
-    augment: Augment | None = None
+    crop: RandomCrop | None = None
+    fidelity: Literal["exact", "fast"] = "exact"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if self.size < 1 or (self.stack_size is not None and self.stack_size < 1):
-            raise ValueError(
-                f"image_size={self.size}, decode_size={self.stack_size}: at least 1 pixel"
-            )
-        if self.channels not in (3, 4):
-            raise ValueError(f"channels is {self.channels}; choose 3 (RGB) or 4 (RGB and alpha)")
-
-    def finish(
-        self,
-        stack: UInt8[Tensor, "b c h h"],
-        ids: Int64[Tensor, " b"],
-        epochs: Int64[Tensor, " b"],
-    ) -> Tensor:
-        """The pictures that come out, made of a stack of decoded ones."""
-        if self.augment is not None:
-            images = self.augment(stack, ids, epochs)
-            if images.shape[-2:] != (self.size, self.size) or len(images) != len(stack):
-                raise ValueError(
-                    f"augment returned {tuple(images.shape)}; image_size={self.size} asks for "
-                    f"({len(stack)}, channels, {self.size}, {self.size})"
-                )
-            return images
-        return stack if stack.shape[-1] == self.size else resize(stack, self.size)
+        if self.size < 1:
+            raise ValueError(f"image_size={self.size} must be at least 1 pixel")
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """One decoded sample; the picture is `[height, width, channels]`."""
+    """One decoded sample."""
 
-    image: UInt8[ndarray, "h w c"]
+    image: UInt8[Tensor, "3 s s"]
     captions: list[str]
     fields: dict[str, Any]
 
@@ -121,11 +94,12 @@ class Decoder:
         self.captions = captions or CaptionRule()
         self.reader = ShardReader(manifest, max_bytes=picture.limits.image_bytes)
 
-    def sample(self, sample: int) -> _Sample:
+    def sample(self, sample: int, crop: Callable[[int, int], Box] = central_square) -> _Sample:
         """Reads and decodes one sample.
 
         Args:
             sample: Sample id.
+            crop: Finds the part of its picture that is used, from height and width.
 
         Raises:
             BadSample: If any part of it cannot be used.
@@ -137,9 +111,14 @@ class Decoder:
         members = self.reader.read(sample, (name, CAPTION_FIELD, JSON_FIELD))
         limits = self.picture.limits
         captions, fields = self.captions.read(members, limits)
-        image = decode_image(members[name], channels=self.picture.channels, limits=limits)
-        size = self.picture.stack_size or self.picture.size
-        return _Sample(fit_square(image, size), captions, fields)
+        image = decode_square(
+            members[name],
+            self.picture.size,
+            crop=crop,
+            fidelity=self.picture.fidelity,
+            limits=limits,
+        )
+        return _Sample(image, captions, fields)
 
 
 class Draft:
@@ -147,23 +126,29 @@ class Draft:
 
     Args:
         ids: Sample ids, one per slot.
+        epochs: The epoch that each slot is in.
         decoder: Decodes them.
 
     Attributes:
         problems: What is wrong with the bad ones among `ids`, in the order of the slots.
     """
 
-    def __init__(self, ids: Int64[ndarray, " n"], decoder: Decoder) -> None:
+    def __init__(
+        self, ids: Int64[ndarray, " n"], epochs: Int64[ndarray, " n"], decoder: Decoder
+    ) -> None:
         self.ids = ids.copy()
+        self.epochs = epochs
         self.decoder = decoder
-        self.samples: list[_Sample | None] = [None] * len(ids)
+        side = decoder.picture.size
+        self._stack = torch.empty(len(ids), 3, side, side, dtype=torch.uint8)
+        self._texts: list[tuple[list[str], dict[str, Any]] | None] = [None] * len(ids)
         found = self._fill(np.arange(len(ids)))
         self.problems = [found[slot] for slot in sorted(found)]
 
     @property
     def is_bad(self) -> ndarray:
         """Which slots have no sample (bool)."""
-        return np.array([sample is None for sample in self.samples], bool)
+        return np.array([texts is None for texts in self._texts], bool)
 
     @property
     def bad_slots(self) -> ndarray:
@@ -175,33 +160,42 @@ class Draft:
         self.ids[slots] = ids
         self._fill(slots)
 
-    def batch(self, slots: ndarray, epochs: Int64[ndarray, " n"], consumed: int) -> Batch:
+    def batch(self, slots: ndarray, consumed: int) -> Batch:
         """The batch of the samples in some slots, none of which is bad."""
-        samples = [sample for slot in slots if (sample := self.samples[slot]) is not None]
-        assert len(samples) == len(slots)
-        stack = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        stack = stack.permute(0, 3, 1, 2).contiguous()
-        captions = [sample.captions for sample in samples]
-        ids, epoch = torch.from_numpy(self.ids[slots]), torch.from_numpy(epochs[slots])
+        texts = [found for slot in slots if (found := self._texts[slot]) is not None]
+        assert len(texts) == len(slots)
+        whole = len(slots) == len(self.ids)
+        ids, epochs = self.ids[slots], self.epochs[slots]
+        captions = [several for several, _ in texts]
         return Batch(
-            images=self.decoder.picture.finish(stack, ids, epoch),
-            captions=self.decoder.captions.draw(captions, self.ids[slots], epochs[slots]),
+            images=self._stack if whole else self._stack[torch.from_numpy(slots)],
+            captions=self.decoder.captions.draw(captions, ids, epochs),
             all_captions=captions,
-            ids=ids,
-            keys=self.decoder.manifest.keys.take(self.ids[slots]).to_pylist(),
-            fields=[sample.fields for sample in samples],
-            epochs=epoch,
+            ids=torch.from_numpy(ids),
+            keys=self.decoder.manifest.keys.take(ids).to_pylist(),
+            fields=[fields for _, fields in texts],
+            epochs=torch.from_numpy(epochs),
             consumed=consumed,
         )
 
     def _fill(self, slots: ndarray) -> dict[int, Problem]:
         """Decodes the samples of some slots, in the order in which they lie on disk."""
         found: dict[int, Problem] = {}
-        for slot in slots[np.argsort(self.ids[slots], kind="stable")].tolist():
-            sample = int(self.ids[slot])
+        slots = slots[np.argsort(self.ids[slots], kind="stable")]
+        for slot, crop in zip(slots.tolist(), self._crops(slots), strict=True):
+            number = int(self.ids[slot])
             try:
-                self.samples[slot] = self.decoder.sample(sample)
+                sample = self.decoder.sample(number, crop)
             except BadSample as bad:
-                problem = self.decoder.manifest.problem(sample, bad.reason, bad.detail)
-                found[slot] = problem
+                found[slot] = self.decoder.manifest.problem(number, bad.reason, bad.detail)
+                continue
+            self._stack[slot] = sample.image
+            self._texts[slot] = sample.captions, sample.fields
         return found
+
+    def _crops(self, slots: ndarray) -> list[Callable[[int, int], Box]]:
+        crop = self.decoder.picture.crop
+        if crop is None:
+            return [central_square] * len(slots)
+        rows = crop.draws(self.ids[slots], self.epochs[slots])
+        return [partial(crop.box, row) for row in rows]

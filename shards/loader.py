@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from shards.batch import Augment, Batch, Decoder, Draft, Picture
+from shards.batch import Batch, Decoder, Draft, Picture
 from shards.captions import CaptionRule
+from shards.crop import RandomCrop
 from shards.damage import DamageTally, Problem
 from shards.decode import Limits
 from shards.manifest import Manifest
@@ -63,9 +64,8 @@ class ShardLoader:
         world_size: Number of processes that share each batch.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
         captions: Where captions stand; of several, one is drawn from (seed, epoch, sample).
-        augment: Makes the pictures of a batch from the decoded ones.
-        decode_size: Side of the pictures handed to `augment`; `image_size` unless stated.
-        channels: 3 lays transparent pictures onto white; 4 keeps their alpha channel.
+        crop: Draws the part of each picture that is used, from (seed, epoch, sample); without it,
+            the central square.
         limits: What a sample may ask for.
         max_bad_fraction: Share of bad samples above which the run stops.
         strict: Stop at the first bad sample.
@@ -88,9 +88,7 @@ class ShardLoader:
         world_size: int = 1,
         workers: int = 0,
         captions: Sequence[str] = (),
-        augment: Augment | None = None,
-        decode_size: int | None = None,
-        channels: int = 3,
+        crop: RandomCrop | None = None,
         limits: Limits | None = None,
         max_bad_fraction: float = 0.05,
         strict: bool = False,
@@ -114,7 +112,7 @@ class ShardLoader:
         self.consumed = 0
         self._manifests = manifests
         self._rank, self._world_size, self._workers = rank, world_size, workers
-        picture = Picture(image_size, channels, decode_size, augment, limits or Limits())
+        picture = Picture(image_size, crop, "fast", limits or Limits())
         rule = CaptionRule(tuple(captions), seed=seed)
         self._decoder = Decoder(self.manifest, picture, rule)
         self._tally = DamageTally(
@@ -219,14 +217,13 @@ class ShardLoader:
         """This rank's share of the global batch that follows `consumed` samples."""
         self._announce(consumed + _BATCHES_AHEAD * self.batch_size)
         positions = self._positions(consumed)
-        epochs = self.order.epochs(positions)
-        draft = Draft(self.order.ids(positions), self._decoder)
+        draft = Draft(self.order.ids(positions), self.order.epochs(positions), self._decoder)
         after = consumed + self.batch_size
         first_problems = draft.problems
         for attempt in range(_SUBSTITUTE_ATTEMPTS):
             bad = draft.bad_slots
             if not len(bad):
-                return draft.batch(np.arange(len(positions)), epochs, after), first_problems
+                return draft.batch(np.arange(len(positions)), after), first_problems
             draft.redraw(bad, self.order.substitutes(positions[bad], attempt))
         raise ValueError(
             f"no readable sample in {_SUBSTITUTE_ATTEMPTS} tries; the data set looks damaged "
@@ -283,7 +280,6 @@ def iterate(
     stop: int | None = None,
     workers: int = 0,
     captions: Sequence[str] = (),
-    channels: int = 3,
     limits: Limits | None = None,
     tally: DamageTally | None = None,
 ) -> Iterator[Batch]:
@@ -300,7 +296,6 @@ def iterate(
         stop: The sample after the last one; the number of samples unless stated.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
         captions: Where captions stand; `Batch.captions` holds the first of each sample.
-        channels: 3 lays transparent pictures onto white; 4 keeps their alpha channel.
         limits: What a sample may ask for.
         tally: Counts and lists the bad samples, and may stop the pass; read it afterwards.
 
@@ -319,7 +314,7 @@ def iterate(
         )
     if not 0 <= start <= stop <= len(manifest):
         raise ValueError(f"samples {start} ... {stop} do not lie in 0 ... {len(manifest)}")
-    picture = Picture(image_size, channels, limits=limits or Limits())
+    picture = Picture(image_size, limits=limits or Limits())
     decoder = Decoder(manifest, picture, CaptionRule(tuple(captions)))
     tally = tally if tally is not None else DamageTally(total=len(manifest))
     return _pass(decoder, range(start, stop, batch_size), stop, workers, tally)
@@ -332,11 +327,12 @@ def _pass(
         coming = start + starts.step * _BATCHES_AHEAD
         decoder.reader.ahead(np.arange(coming, min(coming + starts.step, stop), dtype=np.int64))
         after = min(start + starts.step, stop)
-        draft = Draft(np.arange(start, after, dtype=np.int64), decoder)
+        ids = np.arange(start, after, dtype=np.int64)
+        draft = Draft(ids, np.zeros_like(ids), decoder)
         slots = np.flatnonzero(~draft.is_bad)
         if not len(slots):
             return None, draft.problems
-        return draft.batch(slots, np.zeros(len(draft.ids), np.int64), after), draft.problems
+        return draft.batch(slots, after), draft.problems
 
     stream = ordered_map(build, starts, workers=workers, ahead=2 * workers)
     try:

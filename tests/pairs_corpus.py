@@ -136,7 +136,7 @@ def tiny_pretrain(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
         },
         "tokenizer": {"vocabulary_size": 120},
         "optimizer": {"learning_rate": 2e-3, "average": 0.5},
-        "augment": {"decode_size": 32},
+        "augment": {"decode_size": 32, "crop": None},
         "batch_size": 16,
         "lanes": 4,
         "samples": 192,

@@ -1,4 +1,5 @@
 import _thread
+import io
 import itertools
 import signal
 import threading
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from PIL import Image
 from shards_corpus import SIDE, numbers_in, sample, write_set, write_tar
 
+from shards.crop import RandomCrop
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
 from shards.order import Order
@@ -108,29 +111,41 @@ def test_no_thread_outlives_the_loader(sets):
     assert not our_threads()
 
 
-def test_a_failure_in_a_worker_reaches_the_consumer(sets):
-    def fail(images, ids, epochs):
-        raise RuntimeError("the augmentation broke")
+class Crop(RandomCrop):
+    """Does something in a worker for every picture."""
 
-    stream = loader(sets[8], workers=2, augment=fail)
-    with pytest.raises(RuntimeError, match="the augmentation broke"):
+    def __init__(self, what):
+        super().__init__(0)
+        self.what = what
+
+    def box(self, row, height, width):
+        self.what()
+        return super().box(row, height, width)
+
+
+def fail():
+    raise RuntimeError("the crop broke")
+
+
+def test_a_failure_in_a_worker_reaches_the_consumer(sets):
+    stream = loader(sets[8], workers=2, crop=Crop(fail))
+    with pytest.raises(RuntimeError, match="the crop broke"):
         next(stream)
     assert not our_threads()
     assert stream.consumed == 0
 
 
 def test_an_interrupt_ends_the_threads(sets):
-    def slow(images, ids, epochs):
-        time.sleep(0.02)
-        return images
-
     begin = time.monotonic()
     # A shell's background job starts with interrupts ignored; a terminal's does not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.2, _thread.interrupt_main)
     timer.start()
     try:
-        with pytest.raises(KeyboardInterrupt), loader(sets[8], workers=2, augment=slow) as stream:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            loader(sets[8], workers=2, crop=Crop(lambda: time.sleep(0.003))) as stream,
+        ):
             deque(itertools.islice(stream, 1000), maxlen=0)
         assert time.monotonic() - begin < 5
         timer.join()
@@ -142,15 +157,14 @@ def test_an_interrupt_ends_the_threads(sets):
 def test_workers_compute_on_one_core_and_leave_the_main_thread_alone(sets):
     seen = []
 
-    def look(images, ids, epochs):
-        images.float().exp().sum()
+    def look():
+        torch.ones(1000).exp().sum()
         seen.append(torch.get_num_threads())
-        return images
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with loader(sets[1], workers=2, augment=look) as stream:
+        with loader(sets[1], workers=2, crop=Crop(look)) as stream:
             next(stream)
         assert set(seen) == {1}
         assert torch.get_num_threads() == 2
@@ -158,26 +172,40 @@ def test_workers_compute_on_one_core_and_leave_the_main_thread_alone(sets):
         torch.set_num_threads(before)
 
 
-def test_the_augmentation_gets_the_stack_and_gives_the_pictures(sets):
-    calls = []
+def test_a_crop_is_drawn_for_each_sample_and_epoch(tmp_path):
+    """Pictures whose every pixel tells its place; boxes of one pixel, so that none is mixed."""
+    members = {}
+    across, down = np.meshgrid(np.arange(16), np.arange(16))
+    for number in range(6):
+        pixels = np.stack([across, down, np.full_like(across, number)], axis=2).astype(np.uint8)
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "PNG")
+        members |= {f"{number}.png": sink.getvalue(), f"{number}.txt": b"x"}
+    write_tar(tmp_path / "0.tar", members)
+    crop = RandomCrop(5, scale=(1 / 256, 1 / 256), ratio=(1.0, 1.0))
 
-    def augment(images, ids, epochs):
-        calls.append((tuple(images.shape), ids.tolist(), epochs.tolist()))
-        return images[:, :, ::2, ::2].float() / 255
+    def places(**options):
+        found = {}
+        stream = loader(tmp_path, crop=crop, image_size=1, **options)
+        for batch in itertools.islice(stream, 3):
+            for pixel, sample_id, epoch in zip(
+                batch.images[:, :, 0, 0].tolist(),
+                batch.ids.tolist(),
+                batch.epochs.tolist(),
+                strict=True,
+            ):
+                row = crop.draws(np.array([sample_id]), np.array([epoch]))[0]
+                box = crop.box(row, 16, 16)
+                assert pixel == [box.left, box.top, sample_id]
+                found[epoch, sample_id] = pixel
+        stream.close()
+        return found
 
-    stream = loader(sets[3], augment=augment, decode_size=16)
-    batch = next(stream)
-    assert calls == [((BATCH, 3, 16, 16), batch.ids.tolist(), batch.epochs.tolist())]
-    assert batch.images.dtype == torch.float32
-    with pytest.raises(ValueError, match="image_size=5 asks for"):
-        next(loader(sets[3], augment=augment, decode_size=16, image_size=5))
-
-
-def test_the_stack_is_resized_where_nothing_else_is_asked(sets):
-    batch = next(loader(sets[3], decode_size=16, image_size=5))
-    assert batch.images.shape == (BATCH, 3, 5, 5)
-    assert numbers_in(batch) == batch.ids.tolist()
-    assert next(loader(sets[3], channels=4)).images.shape == (BATCH, 4, SIDE, SIDE)
+    whole = places()
+    assert len(whole) == 24
+    assert len({tuple(pixel[:2]) for pixel in whole.values()}) > 12
+    halves = places(rank=0, world_size=2, workers=2) | places(rank=1, world_size=2)
+    assert halves == whole
 
 
 def test_one_pass_in_order(sets):
@@ -208,7 +236,6 @@ def test_a_pass_that_is_left_ends_its_threads(sets):
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 9, "world_size": 3}, "lanes=4 .* such as 6"),
         ({"workers": -1}, "workers=-1"),
-        ({"channels": 1}, "channels is 1"),
         ({"image_size": 0}, "image_size=0"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction is 2.0"),
     ],

@@ -120,10 +120,25 @@ class OptimizerConfig(Config):
     )
 
 
+class CropConfig(Config):
+    """The random part of a picture that a step sees."""
+
+    scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(0.9, 1.0), description="Smallest and largest share of the area."
+    )
+    ratio: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(0.75, 4 / 3), description="Smallest and largest width over height."
+    )
+
+
 class AugmentConfig(Config):
     """Random changes to training pictures, drawn from (seed, epoch, sample)."""
 
     enabled: bool = Field(default=True, description="false = pictures as they are.")
+    crop: CropConfig | None = Field(
+        default=CropConfig(),
+        description="The part of a picture that is used: a random box; null = the central square.",
+    )
     decode_size: PositiveInt | None = Field(
         default=None,
         description="Side of the pictures that are augmented; null = model.image_size.",
