@@ -1,7 +1,8 @@
-"""The bytes of a sample, by the offsets of the manifest."""
+"""The bytes of samples, by the offsets of the manifest."""
 
 from collections.abc import Sequence
 
+import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
@@ -23,6 +24,9 @@ class ShardReader:
     def __init__(self, manifest: Manifest, *, max_bytes: int = 64 << 20) -> None:
         self.manifest = manifest
         self._max_bytes = max_bytes
+        for number, storage in enumerate(manifest.storages):
+            shards = (shard for shard in manifest.shards if shard.source == number)
+            storage.expect({shard.name: (shard.bytes, shard.sha256) for shard in shards})
 
     def read(self, sample: int, fields: Sequence[str]) -> dict[str, bytes]:
         """The bytes of some fields of a sample; those it does not have are left out.
@@ -56,8 +60,36 @@ class ShardReader:
             }
         return {name: storage.read(shard.name, *span) for name, span in spans.items()}
 
-    def ahead(self, samples: Int64[ndarray, " n"]) -> None:
-        """Tells the storage that these samples will be read soon; returns at once."""
+    def ahead(self, samples: Int64[ndarray, " n"], fields: Sequence[str] = ()) -> None:
+        """Tells the storages that these samples will be read soon; returns at once.
+
+        Args:
+            samples: Sample ids, in any order.
+            fields: Names of the fields that will be read; all of them unless stated.
+        """
+        ids = np.sort(samples)
+        first = np.full(len(ids), np.iinfo(np.int64).max)
+        last = np.full(len(ids), -1, np.int64)
+        for name in fields or self.manifest.fields:
+            if name in self.manifest.spans:
+                offsets, sizes = (column[ids] for column in self.manifest.spans[name])
+                here = (offsets >= 0) & (sizes <= self._max_bytes)
+                first[here] = np.minimum(first[here], offsets[here])
+                last[here] = np.maximum(last[here], (offsets + sizes)[here])
+        read = last >= 0
+        numbers, first, last = self.manifest.shard_numbers[ids][read], first[read], last[read]
+        if not len(numbers):
+            return
+        # Spans that touch, or nearly, are one: a new run starts where the shard or a gap does.
+        by_place = np.lexsort((first, numbers))
+        numbers, first, last = numbers[by_place], first[by_place], last[by_place]
+        leap = (np.diff(numbers) != 0) | (first[1:] - last[:-1] > _SWEEP_GAP)
+        starts = np.flatnonzero(np.concatenate([[True], leap]))
+        ends = np.maximum.reduceat(last, starts)
+        for number, start, end in zip(numbers[starts], first[starts], ends, strict=True):
+            shard = self.manifest.shards[int(number)]
+            storage = self.manifest.storages[shard.source]
+            storage.ahead(shard.name, int(start), int(end - start))
 
     def close(self) -> None:
         """Closes the shards; a later read opens them again."""

@@ -1,0 +1,438 @@
+"""Shards behind a URL: read in aligned blocks, which a local cache keeps.
+
+A block is fetched once, whatever number of threads want it. Requests that fail in a way that may
+pass are made again, with growing pauses. Once a block has used up its tries the place counts as
+down, and every further one gets a single try until one succeeds, so that a dead server makes a run
+stop soon instead of after days of patience.
+
+Connections, threads and locks belong to a process: one that was forked off starts with none.
+"""
+
+import io
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential,
+    wait_random,
+)
+
+from shards.cache import Cache, OpenFile, Recent
+from shards.damage import BadSample, Reason
+from shards.storage import TAR_SUFFIXES, ByteStream, Reading, Storage
+from shards.transport import Facts, RefusedError, Transport, TroubleError
+
+Result = TypeVar("Result")
+
+_LONGEST_PAUSE_S = 30.0
+# How long what failed is not asked for again: the other samples of a block fail with the first.
+_FAILED_S = 60.0
+# A place that is down may stay silent for this share of the time limit.
+_LITTLE_PATIENCE = 0.25
+# Blocks kept open as files of the cache, and in memory where there is no cache.
+_OPEN_BLOCKS, _MEMORY_BLOCKS = 128, 32
+_MAX_HINTS = 64
+# What stands for a number of a block: a shard's size and version, or all of it.
+_FACTS, _WHOLE = -1, -2
+
+
+class RemoteStorage(Storage):
+    """Shards behind a URL.
+
+    Without a cache (no space, no permission, `cache_bytes=0`) the last blocks stay in memory;
+    shuffled reading then fetches many of them again and again.
+
+    Args:
+        url: The place, without a slash at its end.
+        names: The shards that are meant; None means all that the place lists.
+        query: What follows the `?` of each file's URL, such as a signature; never shown.
+        reading: Limits, tries, sizes.
+
+    Raises:
+        ValueError: If fsspec does not know the protocol or lacks its library.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        names: Sequence[str] | None = None,
+        *,
+        query: str = "",
+        reading: Reading | None = None,
+    ) -> None:
+        super().__init__(_without_password(url), None, names)
+        self._address, self._query = url, query
+        self._reading = reading or Reading()
+        self._expected: dict[str, tuple[int, str]] = {}
+        self._connections: dict[int, _Connection] = {}
+        self._connection()
+
+    def tars(self) -> list[tuple[str, int]]:
+        """See `Storage`."""
+        connection = self._connection()
+        try:
+            names = list(self.names) if self.names is not None else connection.list()
+        except (FileNotFoundError, RefusedError):
+            names = []
+        except OSError as error:
+            raise OSError(f"{self.url}: {error}") from None
+        if not names:
+            raise FileNotFoundError(
+                f"{self.url} is not there, or lists no .tar file; where a server gives no lists, "
+                f"name the files: {self.url}/{{00000..00099}}.tar"
+            )
+        with ThreadPoolExecutor(self._reading.connections) as pool:
+            sizes = list(pool.map(self._size, names))
+        return sorted(zip(names, sizes, strict=True))
+
+    def small_file(self, name: str) -> bytes | None:
+        """See `Storage`."""
+        try:
+            return self._connection().small_file(name)
+        except (FileNotFoundError, RefusedError):
+            # Object stores answer "forbidden" for what is not there to those who may not list.
+            return None
+        except OSError as error:
+            raise OSError(f"{self.url}/{name}: {error}") from None
+
+    def version(self, name: str) -> str:
+        """See `Storage`."""
+        facts = self._connection().facts(name)
+        return f"{self.url}/{name} {facts.size} {facts.tag}"
+
+    def open(self, name: str) -> io.BufferedReader:
+        """See `Storage`; what lies ahead is fetched while a walk goes on."""
+        end = self._size(name)
+
+        def read(offset: int, size: int) -> bytes:
+            self.ahead(name, offset, min(2 * self._reading.block_bytes, end - offset))
+            try:
+                return self.read(name, offset, size)
+            except BadSample as bad:
+                raise OSError(bad.detail) from None
+
+        return io.BufferedReader(ByteStream(read, end), 1 << 16)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Storage`."""
+        return self._connection().read(name, offset, size)
+
+    def expect(self, shards: Mapping[str, tuple[int, str]]) -> None:
+        """See `Storage`."""
+        self._expected.update(shards)
+
+    def ahead(self, name: str, offset: int, size: int) -> None:
+        """See `Storage`; what is too much at once is left to the reads themselves."""
+        self._connection().ahead(name, offset, size)
+
+    def close(self) -> None:
+        """See `Storage`."""
+        connection = self._connections.pop(os.getpid(), None)
+        if connection is not None:
+            connection.close()
+
+    def _connection(self) -> "_Connection":
+        process = os.getpid()
+        connection = self._connections.get(process)
+        if connection is None:
+            # Two threads may both make one; neither has connected yet, and one is taken.
+            transport = Transport(self._address, self._query, timeout_s=self._reading.timeout_s)
+            made = _Connection(self.url, transport, self._reading, self._expected)
+            connection = self._connections.setdefault(process, made)
+        return connection
+
+    def _size(self, name: str) -> int:
+        """Size of a shard, with the errors of `tars` and `open`."""
+        try:
+            return self._connection().facts(name).size
+        except BadSample as bad:
+            if bad.reason is Reason.SHARD_MISSING:
+                raise FileNotFoundError(f"{self.url} holds no {name}") from None
+            raise OSError(bad.detail) from None
+
+
+class _Connection:
+    """What one process has of a place: connections, open blocks, requests under way."""
+
+    def __init__(
+        self,
+        url: str,
+        transport: Transport,
+        reading: Reading,
+        expected: Mapping[str, tuple[int, str]],
+    ) -> None:
+        self.url = url
+        self.transport = transport
+        self.step = reading.block_bytes
+        self.cache = Cache(reading.cache_folder, reading.cache_bytes)
+        self.blocks: Recent[OpenFile | bytes] = Recent()
+        self._reading = reading
+        self._expected = expected
+        self._known: dict[str, Facts] = {}
+        self._hints = _Hints(reading.connections)
+        self._is_down = False
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._under_way: dict[tuple[str, int], Future[Any]] = {}
+        self._failed: dict[tuple[str, int], tuple[float, BadSample]] = {}
+
+    def list(self) -> list[str]:
+        """The names of the shards that the place lists."""
+        found = self._insist(lambda _: self.transport.list())
+        shards = {name: found[name] for name in found if name.endswith(TAR_SUFFIXES)}
+        self._known.update({name: facts for name, facts in shards.items() if facts is not None})
+        return list(shards)
+
+    def facts(self, name: str) -> Facts:
+        """Size and version of a shard: asked for once, or never if a manifest knows its hash."""
+        size, digest = self._expected.get(name, (-1, ""))
+        if digest:
+            return Facts(size, digest)
+
+        def ask() -> Facts:
+            if name not in self._known:
+                self._known[name] = self._insist(
+                    lambda patience: self.transport.facts(name, patience=patience)
+                )
+            return self._known[name]
+
+        facts = self._known.get(name) or self._once((name, _FACTS), ask)
+        if facts.size < 0:
+            raise BadSample(Reason.UNREADABLE, f"{self.url}/{name}: its size is not told")
+        if size not in (-1, facts.size):
+            raise BadSample(
+                Reason.UNREADABLE,
+                f"{self.url}/{name} has {facts.size} bytes; its manifest says {size}",
+            )
+        return facts
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes of a shard, from as many blocks as it takes."""
+        facts = self.facts(name)
+        if offset + size > facts.size:
+            raise BadSample(Reason.TRUNCATED, f"{self.url}/{name} ends before byte {offset + size}")
+        if not facts.ranges:
+            whole = self._once((name, _WHOLE), lambda: self._download(name, facts))
+            return self._cut(whole, offset, size)
+        numbers = range(offset // self.step, -(-(offset + size) // self.step))
+        if len(numbers) > 1:
+            rest = numbers[1] * self.step
+            self.ahead(name, rest, offset + size - rest)
+        parts: list[bytes] = []
+        for number in numbers:
+            start = max(offset - number * self.step, 0)
+            stop = min(offset + size - number * self.step, self.step)
+            parts.append(self._cut(self._block(name, facts, number), start, stop - start))
+        return b"".join(parts)
+
+    def ahead(self, name: str, offset: int, size: int) -> None:
+        """Fetches blocks in the background, unless too many are waiting there already."""
+
+        def fetch(number: int) -> None:
+            facts = self.facts(name)
+            if facts.ranges and number * self.step < facts.size:
+                self._block(name, facts, number)
+
+        for number in range(offset // self.step, -(-(offset + size) // self.step)):
+            if self.blocks.get((name, number)) is None:
+                self._hints.add((name, number), fetch)
+
+    def small_file(self, name: str) -> bytes:
+        """A whole file, as it is now; raises the errors of `Transport`."""
+        facts = self._insist(lambda patience: self.transport.facts(name, patience=patience))
+        if not facts.ranges:
+            return self._insist(lambda _: b"".join(self.transport.stream(name)))
+
+        def fetch(start: int) -> bytes:
+            stop = min(start + self.step, facts.size)
+            return self._insist(
+                lambda patience: self.transport.fetch(name, start, stop, facts, patience=patience)
+            )
+
+        with ThreadPoolExecutor(self._reading.connections) as pool:
+            return b"".join(pool.map(fetch, range(0, facts.size, self.step)))
+
+    def close(self) -> None:
+        """Ends requests and threads; who waits for them gets a bad sample."""
+        self._closing.set()
+        self._hints.close()
+        self.transport.close()
+        self.blocks.clear()
+
+    def _block(self, name: str, facts: Facts, number: int) -> OpenFile | bytes:
+        """A block from memory, from the cache, or from the place."""
+        key = f"{self.url}/{name} {facts.size} {facts.tag} {self.step} {number}"
+
+        def fetch() -> OpenFile | bytes:
+            block = self.blocks.get((name, number)) or self.cache.open(key)
+            if block is None:
+                start, stop = number * self.step, min((number + 1) * self.step, facts.size)
+                data = self._insist(
+                    lambda patience: self.transport.fetch(
+                        name, start, stop, facts, patience=patience
+                    )
+                )
+                block = self.cache.add(key, [data]) or data
+            limit = _MEMORY_BLOCKS if isinstance(block, bytes) else _OPEN_BLOCKS
+            self.blocks.put((name, number), block, limit)
+            return block
+
+        return self.blocks.get((name, number)) or self._once((name, number), fetch)
+
+    def _download(self, name: str, facts: Facts) -> OpenFile:
+        """All of a shard, from a server that does not answer byte ranges."""
+        held = self.blocks.get((name, _WHOLE))
+        if isinstance(held, OpenFile):
+            return held
+        key = f"{self.url}/{name} {facts.size} {facts.tag} whole"
+        if self.cache.is_off or facts.size > self.cache.limit // 2:
+            raise RefusedError(
+                "the server answers no byte ranges, and the cache has no room for whole shards"
+            )
+        with self.cache.turn(key):
+            file = self.cache.open(key) or self._insist(
+                lambda _: self.cache.add(key, self._whole(name, facts))
+            )
+        if file is None:
+            raise RefusedError("the server answers no byte ranges, and the cache takes no file")
+        self.blocks.put((name, _WHOLE), file, _OPEN_BLOCKS)
+        return file
+
+    def _whole(self, name: str, facts: Facts) -> Iterator[bytes]:
+        size = 0
+        for chunk in self.transport.stream(name):
+            size += len(chunk)
+            yield chunk
+        if size != facts.size:
+            raise TroubleError(f"{size} bytes came; it has {facts.size}")
+
+    def _cut(self, block: OpenFile | bytes, start: int, size: int) -> bytes:
+        if isinstance(block, bytes):
+            return block[start : start + size]
+        try:
+            data = block.read(start, size)
+        except OSError as error:
+            raise BadSample(Reason.UNREADABLE, f"local cache: {error.strerror}") from None
+        if len(data) < size:
+            raise BadSample(Reason.UNREADABLE, "local cache: a file was cut off while in use")
+        return data
+
+    def _insist(self, request: Callable[[float], Result]) -> Result:
+        """Makes a request, again and again if it fails in a way that may pass.
+
+        Args:
+            request: Called with the share of the time limit that the place may stay silent.
+        """
+        down = self._is_down
+        stop = stop_after_attempt(1 if down else self._reading.tries)
+        pause = self._reading.wait_s
+        again = Retrying(
+            stop=stop | stop_when_event_set(self._closing),
+            wait=wait_exponential(pause, max=_LONGEST_PAUSE_S) + wait_random(0, pause),
+            retry=retry_if_exception_type(TroubleError),
+            sleep=sleep_using_event(self._closing),
+            reraise=True,
+        )
+        try:
+            result = again(request, _LITTLE_PATIENCE if down else 1.0)
+        except TroubleError:
+            self._is_down = True
+            raise
+        except OSError:
+            self._is_down = False  # a refusal is an answer too
+            raise
+        self._is_down = False
+        return result
+
+    def _once(self, key: tuple[str, int], make: Callable[[], Result]) -> Result:
+        """What `make` returns, or joins another thread that is making it; remembers failures."""
+        until, bad = self._failed.get(key, (0.0, None))
+        if bad is not None and time.monotonic() < until:
+            raise BadSample(bad.reason, bad.detail)
+        with self._lock:
+            theirs = self._under_way.get(key)
+            future = self._under_way.setdefault(key, Future())
+        if theirs is None:
+            try:
+                future.set_result(make())
+            except OSError as error:
+                bad = self._bad_sample(key[0], error)
+                self._failed[key] = (time.monotonic() + _FAILED_S, bad)
+                future.set_exception(bad)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            finally:
+                with self._lock:
+                    del self._under_way[key]
+        try:
+            return future.result()
+        except BadSample as bad:
+            raise BadSample(bad.reason, bad.detail) from None
+
+    def _bad_sample(self, name: str, error: OSError) -> BadSample:
+        if isinstance(error, FileNotFoundError):
+            return BadSample(Reason.SHARD_MISSING, f"{self.url}/{name}")
+        return BadSample(Reason.UNREADABLE, f"{self.url}/{name}: {error}")
+
+
+class _Hints:
+    """A few threads that do what is good to have done, and end when there is nothing left.
+
+    Args:
+        threads: At most.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._free = threads
+        self._waiting: deque[tuple[tuple[str, int], Callable[[int], None]]] = deque()
+        self._known: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, key: tuple[str, int], work: Callable[[int], None]) -> None:
+        """Has `work(key[1])` called soon; dropped if it is known, or if too much is waiting."""
+        with self._lock:
+            if key in self._known or len(self._waiting) >= _MAX_HINTS:
+                return
+            self._known.add(key)
+            self._waiting.append((key, work))
+            if not self._free:
+                return
+            self._free -= 1
+        threading.Thread(target=self._run, name="shards ahead", daemon=True).start()
+
+    def close(self) -> None:
+        """Forgets what has not begun."""
+        with self._lock:
+            self._waiting.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._free += 1
+                    return
+                key, work = self._waiting.popleft()
+            with suppress(BadSample):
+                work(key[1])
+            with self._lock:
+                self._known.discard(key)
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
