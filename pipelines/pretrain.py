@@ -144,7 +144,7 @@ def train(training: Training) -> bool:
             measured = {"data_ms": 1000 * (time.perf_counter() - started)}
             measured |= step(training, batch)
             if line := log.step(training.step, measured):
-                log.write({**line, "bad_samples": training.loader.report()["bad"]})
+                log.write({**line, "bad_samples": training.bad_samples})
 
             bad_in_a_row = 0 if measured["finite"] else bad_in_a_row + 1
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
@@ -224,8 +224,13 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
             buffer.copy_(before)
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
+    bad = torch.tensor(float(training.loader.bad), device=device)
+    metrics = _over_ranks(training.accelerator, {**output.metrics, "bad_samples": bad})
+    training.bad_samples = training.earlier_bad + round(
+        metrics.pop("bad_samples") * training.accelerator.num_processes
+    )
     return {
-        **_over_ranks(training.accelerator, output.metrics),
+        **metrics,
         "learning_rate": factor * config.optimizer.learning_rate,
         "gradient_norm": norm,
         "finite": float(finite),
@@ -245,6 +250,7 @@ def _over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> d
 def save_checkpoint(training: Training) -> None:
     """Write a whole checkpoint, then forget the oldest beyond what is to be kept."""
     config = training.config
+    report = training.data_report()
     if training.accelerator.is_main_process:
         save_state(
             config.out / "checkpoints" / f"step_{training.step:09d}",
@@ -256,11 +262,12 @@ def save_checkpoint(training: Training) -> None:
                 "skipped": training.skipped,
                 "loader": {"consumed": training.step * config.batch_size},
                 "data": training.fingerprint,
+                "data_report": report,
             },
         )
         for old in checkpoints(config.out)[: -config.keep]:
             shutil.rmtree(old)
-        run_folder.write_json(config.out / "data_report.json", training.loader.report())
+        run_folder.write_json(config.out / "data_report.json", report)
     training.accelerator.wait_for_everyone()
 
 
@@ -283,6 +290,7 @@ def resume(training: Training) -> None:
         )
     training.step, training.skipped = progress["step"], progress["skipped"]
     training.loader.load_state_dict(progress["loader"])
+    training.earlier_report = progress["data_report"]
 
 
 def validate(training: Training) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,6 +21,7 @@ from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.crop import RandomCrop
+from shards.damage import merged
 from shards.decode import resize
 from shards.loader import Batch, ShardLoader, Source, iterate
 from shards.manifest import Manifest
@@ -41,6 +43,8 @@ class Training:
     fingerprint: str
     step: int = 0
     skipped: int = 0
+    bad_samples: int = 0  # met by all processes since the run began
+    earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
 
     @property
     def steps(self) -> int:
@@ -59,6 +63,16 @@ class Training:
         share = self.step / self.steps
         sizes = (stage.image_size for stage in self.config.stages if share < stage.until)
         return next(sizes, self.config.model.image_size)
+
+    @property
+    def earlier_bad(self) -> int:
+        """Bad samples that the run met before it was resumed."""
+        return self.earlier_report["bad"] if self.earlier_report else 0
+
+    def data_report(self) -> dict[str, Any]:
+        """What all processes met in the data since the run began; all of them must call it."""
+        ranks = gather_object([self.loader.report()])
+        return merged([*([self.earlier_report] if self.earlier_report else []), *ranks])
 
     def due(self, samples: int) -> bool:
         """Whether a cadence of so many samples falls due with the step just taken."""

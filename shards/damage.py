@@ -1,7 +1,7 @@
 """Bad samples: why a sample is bad, which ones were, and when enough is enough."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -138,3 +138,26 @@ class DamageTally:
             "reasons": dict(self.reasons.most_common()),
             "listed": [problem.as_dict() for problem in self.listed.values()],
         }
+
+
+def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of what several ranks met, or of a run and what it was before it was resumed.
+
+    Counts add up, lists follow each other without repeats; all else is that of the last report.
+
+    Args:
+        reports: From `DamageTally.report` or `ShardLoader.report`; at least one.
+    """
+    reasons: Counter[str] = Counter()
+    listed: dict[tuple[str, str], dict[str, str]] = {}
+    for report in reports:
+        reasons.update(report["reasons"])
+        for problem in report["listed"]:
+            listed.setdefault((problem["shard"], problem["key"]), problem)
+    counts = {name: sum(report[name] for report in reports) for name in ("seen", "bad", "repeats")}
+    return {
+        **reports[-1],
+        **counts,
+        "reasons": dict(reasons.most_common()),
+        "listed": list(listed.values()),
+    }

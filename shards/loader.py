@@ -125,6 +125,11 @@ class ShardLoader:
         """Samples in the data set; over all sources, where there are several."""
         return self.order.total
 
+    @property
+    def bad(self) -> int:
+        """Bad samples that this rank met since it started."""
+        return self._tally.bad
+
     def __iter__(self) -> "ShardLoader":
         return self
 

@@ -21,6 +21,7 @@ from align.checkpoint import checkpoints
 from pipelines import pretrain, run_folder, training
 from pipelines.config import ConfigError, build
 from pipelines.schemas import PretrainConfig
+from shards.manifest import Manifest
 
 CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
 STEPS = 12
@@ -540,6 +541,61 @@ def test_two_processes_take_the_same_batches_and_reach_the_same_losses(data, tmp
     one, two = (align.load(tmp_path / name / "bundle").state_dict() for name in ("alone", "both"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def damaged(data, tmp_path_factory) -> Path:
+    """The same pairs with two pictures broken."""
+    folder = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(data, folder)
+    path = folder / "000001.tar"
+    content = bytearray(path.read_bytes())
+    for number in (0, 5):
+        start = Manifest.load(folder).spans["png"][0][12 + number]
+        content[start : start + 8] = b"no image"
+    path.write_bytes(content)
+    return folder
+
+
+COUNTS = ("seen", "bad", "repeats", "reasons", "left_out", "fingerprint")
+
+
+@pytest.mark.slow
+def test_the_data_report_is_that_of_the_whole_run_over_processes_and_stops(damaged, tmp_path):
+    values = tiny_pretrain(damaged, tmp_path / "run", samples=96, max_bad_fraction=0.5)
+    values["model"] |= NO_CROSS_TALK
+    assert pretrain.run(config(values)) == 0
+    whole = run_folder.read_json(tmp_path / "run" / "data_report.json")
+    assert whole["seen"] == 96
+    assert whole["reasons"] == {"undecodable image": 4}  # two epochs
+    assert len(whole["listed"]) == 2
+    assert metrics(tmp_path / "run")[-1]["bad_samples"] == 4
+
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    assert pretrain.run(config({**values, "resume": True})) == 0
+    resumed = run_folder.read_json(tmp_path / "run" / "data_report.json")
+    assert {name: resumed[name] for name in COUNTS} == {name: whole[name] for name in COUNTS}
+    assert metrics(tmp_path / "run")[-1]["bad_samples"] == 4
+
+    run_ranks(rank_run, 2, str(tmp_path), {**values, "out": str(tmp_path / "both")})
+    both = run_folder.read_json(tmp_path / "both" / "data_report.json")
+    assert {name: both[name] for name in COUNTS} == {name: whole[name] for name in COUNTS}
+    assert sorted(p["key"] for p in both["listed"]) == sorted(p["key"] for p in whole["listed"])
+    assert metrics(tmp_path / "both")[-1]["bad_samples"] == 4
+
+
+def test_two_data_sets_are_mixed_by_weight_and_counted(data, damaged, tmp_path):
+    values = tiny_pretrain(data, tmp_path / "run", samples=96, max_bad_fraction=0.5)
+    values["data"] = [{"data": str(data), "weight": 3}, {"data": str(damaged), "weight": 1.0}]
+    assert pretrain.run(config(values)) == 0
+    report = run_folder.read_json(tmp_path / "run" / "data_report.json")
+    first, second = report["sources"]
+    assert (first["share"], second["share"]) == (0.75, 0.25)
+    assert first["consumed"] + second["consumed"] == 96
+    assert second["consumed"] < 48 < first["consumed"]
+    assert first["data"] == str(data)
+    again = config(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert again == config(values)
 
 
 def test_validation_and_stages_are_part_of_a_run(data, tmp_path):
