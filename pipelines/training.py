@@ -21,7 +21,7 @@ from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.crop import RandomCrop
-from shards.damage import merged
+from shards.damage import DamageTally, merged
 from shards.decode import resize
 from shards.loader import Batch, ShardLoader, Source, iterate
 from shards.manifest import Manifest
@@ -82,11 +82,22 @@ class Training:
 
 def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     """Make every part of a run from its configuration; nothing is written yet."""
-    augment, loader = make_augment(config), make_loader(config, open_sources(config), accelerator)
+    augment = make_augment(config)
+    with accelerator.main_process_first():  # a scan is made once, and kept for the others
+        sources = open_sources(config)
+    loader = make_loader(config, sources, accelerator)
     captions = CaptionWriter(config.captions, seed=config.seed)
     manifest = loader.manifest
     # The first sample tells whether the field is there, before anything is written.
-    first = next(iterate(manifest, batch_size=1, image_size=8, captions=config.caption_fields))
+    head = iterate(
+        manifest,
+        batch_size=1,
+        image_size=8,
+        captions=config.caption_fields,
+        tally=DamageTally(total=len(manifest), max_fraction=config.max_bad_fraction),
+    )
+    if (first := next(head, None)) is None:
+        raise ConfigError(f"{manifest.place}: none of its {len(manifest)} samples can be read")
     positive_labels(first, config.loss.positives)
     tokenizer = make_tokenizer(config, manifest, captions)
     return assemble(
