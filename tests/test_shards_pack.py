@@ -1,8 +1,17 @@
+import dataclasses
+import errno
 import fcntl
 import gc
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pyarrow as pa
@@ -12,11 +21,16 @@ from hypothesis import given
 from shards_corpus import SIDE, picture, write_set, write_tar
 from webdataset.compat import WebDataset
 
+from shards.captions import CaptionRule
 from shards.damage import Reason
+from shards.decode import Limits
 from shards.demo import FOLDER, SPLITS
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
-from shards.sources import MAX_KEY, FolderSource, ParquetSource, Record, safe_key
+from shards.read import ShardReader
+from shards.recode import Recode
+from shards.sidecars import SIDECARS
+from shards.sources import MAX_KEY, FolderSource, ParquetSource, Record, Source, safe_key
 from shards.write import WORK_FOLDER, pack
 
 
@@ -53,10 +67,7 @@ def test_what_was_packed_comes_back_in_order_and_mixed(tmp_path):
 
 def test_webdataset_reads_it(tmp_path):
     manifest = pack(records(23), tmp_path, samples_per_shard=10)
-    urls = [str(tmp_path / shard.name) for shard in manifest.shards]
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        samples = list(WebDataset(urls, shardshuffle=False))
-        gc.collect()  # it leaves the shards open
+    samples = webdataset_samples(tmp_path, manifest)
     assert [one["__key__"] for one in samples] == [f"k{i:03d}" for i in range(23)]
     for number, one in enumerate(samples):
         assert one["png"] == picture(number)
@@ -175,6 +186,353 @@ def test_progress_is_told(tmp_path):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+class Numbered(Source):
+    """Records, at one of which something happens when a shard is written."""
+
+    def __init__(self, count, *, bad=(), at=None, act=lambda: None, identity="numbered"):
+        self.records = records(count, bad=bad)
+        self.at, self.act, self.identity = at, act, identity
+        self.armed = False
+
+    def arm(self, *_):
+        # The type checks of the tests look at a record now and then, before any is packed.
+        self.armed = True
+
+    def __len__(self):
+        return len(self.records)
+
+    def record(self, index):
+        if index == self.at and self.armed:
+            self.act()
+        return self.records[index]
+
+
+def shards_at_work(out):
+    """The finished shards of a pack that was cut off, and what tells if they were rewritten."""
+    notes = (out / WORK_FOLDER).glob("[0-9]*.json")
+    tars = [path.with_suffix(".tar") for path in sorted(notes)]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tars}
+
+
+EVERY_SIDECAR = list(SIDECARS)
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
+    source = Numbered(47, bad=[0, 9, 20, 21, 22, 23, 24, 46])
+    options = {"samples_per_shard": 5, "shuffle_seed": None, "sidecars": EVERY_SIDECAR}
+    for workers in (0, 1, 3):
+        manifest = pack(source, tmp_path / str(workers), workers=workers, **options)
+    # The fifth shard is empty, and the numbers of the others close up.
+    assert [shard.samples for shard in manifest.shards] == [4, 4, 5, 5, 5, 5, 5, 5, 1]
+    assert [shard.name for shard in manifest.shards] == [f"{n:06d}.tar" for n in range(9)]
+    assert len(manifest.problems) == 8
+    assert [one.key for one in manifest.problems] == [
+        f"k{n:03d}" for n in sorted([0, 9, 20, 21, 22, 23, 24, 46])
+    ]
+    assert files(tmp_path / "0") == files(tmp_path / "1") == files(tmp_path / "3")
+    plain = pack(iter(source.records), tmp_path / "iterable", workers=3, **options)
+    assert plain.fingerprint == manifest.fingerprint
+    assert files(tmp_path / "iterable") == files(tmp_path / "0")
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_pack_that_broke_goes_on_where_it_was(tmp_path, workers):
+    whole = pack(Numbered(30, bad=[4, 17]), tmp_path / "whole", samples_per_shard=5)
+    out, said = tmp_path / "out", []
+    broken = Numbered(30, bad=[4, 17], at=22, act=breaks)
+    with pytest.raises(OSError, match="the source broke"):
+        pack(broken, out, samples_per_shard=5, workers=workers, progress=broken.arm)
+    before = shards_at_work(out)
+    assert {"000000.tar", "000001.tar"} <= set(before)
+    assert "000004.tar" not in before
+    calls = []
+    again = pack(
+        Numbered(30, bad=[4, 17]),
+        out,
+        samples_per_shard=5,
+        workers=workers,
+        tell=said.append,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert again.fingerprint == whole.fingerprint
+    assert again.problems == whole.problems
+    assert files(out) == files(tmp_path / "whole")
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("*.tar")}
+    assert {name: after[name] for name in before} == before
+    assert said == [
+        f"{out}: going on with the pack that was cut off, {len(before)} shards are done"
+    ]
+    assert calls[-1] == (30, 30)
+
+
+def breaks():
+    raise OSError("the source broke")
+
+
+def cut_off(out, **options):
+    broken = Numbered(12, at=11, act=breaks, **options)
+    with pytest.raises(OSError, match="the source broke"):
+        pack(broken, out, samples_per_shard=5, progress=broken.arm)
+    return shards_at_work(out)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"samples_per_shard": 4},
+        {"shuffle_seed": 1},
+        {"recoding": Recode(resize=4)},
+        {"limits": Limits(pixels=10_000)},
+        {"sidecars": ["img2dataset"]},
+        {"source": "another"},
+        {"source": "longer"},
+    ],
+)
+def test_another_source_or_other_options_start_anew(tmp_path, changed):
+    out = tmp_path / "out"
+    assert len(cut_off(out)) == 2
+    source, options = Numbered(12), {"samples_per_shard": 5, **changed}
+    if (what := options.pop("source", "")) == "another":
+        source.identity = "else"
+    elif what == "longer":
+        source.records += [Record("more", picture(1), "more")]
+    said = []
+    pack(source, out, tell=said.append, **options)
+    assert said == [
+        f"{out}: what was begun here was another source or other options; starting anew"
+    ]
+    pack(source, tmp_path / "fresh", **options)
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_a_shard_that_was_damaged_since_is_written_anew(tmp_path):
+    out = tmp_path / "out"
+    before = cut_off(out)
+    (out / WORK_FOLDER / "000000.tar").write_bytes(b"cut")
+    (out / WORK_FOLDER / ".000002.tar.9.partial").write_bytes(b"half")
+    pack(Numbered(12), out, samples_per_shard=5)
+    pack(Numbered(12), tmp_path / "fresh", samples_per_shard=5)
+    assert files(out) == files(tmp_path / "fresh")
+    assert (out / "000001.tar").stat().st_ino == before["000001.tar"][0]
+
+
+def test_kept_shards_are_held_to_strictness_too(tmp_path):
+    cut_off(tmp_path, bad=[1])
+    with pytest.raises(ValueError, match=r"'k001': undecodable .* strict packing stops"):
+        pack(Numbered(12, bad=[1]), tmp_path, samples_per_shard=5, strict=True)
+
+
+def test_the_first_bad_record_ends_a_strict_pack_whatever_the_workers(tmp_path):
+    for workers in (0, 4):
+        with pytest.raises(ValueError, match="'k007': undecodable"):
+            pack(
+                Numbered(30, bad=[7, 21, 29]),
+                tmp_path / str(workers),
+                samples_per_shard=5,
+                strict=True,
+                workers=workers,
+            )
+
+
+def test_a_key_that_comes_twice_is_found_over_shards(tmp_path):
+    source = Numbered(30, bad=[3])
+    for first, second in ((2, 28), (3, 12), (1, 4)):
+        twins = Numbered(0, identity=f"{first} {second}")
+        twins.records = list(source.records)
+        twins.records[second] = dataclasses.replace(
+            source.records[second], key=source.records[first].key
+        )
+        for workers in (0, 2):
+            with pytest.raises(ValueError, match=f"the key 'k00{first}' comes twice"):
+                pack(twins, tmp_path, samples_per_shard=5, workers=workers)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    left = [
+        11
+    ]  # syncs: of a file and its folder, for the plan and then for tar and note of a shard
+    sync = os.fsync
+
+    def fills(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fills)
+    message = (
+        r"No space left on device; 2 finished shards stay; make room and give the same command"
+    )
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=message) as caught:
+        pack(Numbered(30), out, samples_per_shard=5)
+    assert caught.value.filename == str(out)
+    monkeypatch.undo()
+    before = shards_at_work(out)
+    assert len(before) == 2
+    pack(Numbered(30), out, samples_per_shard=5)
+    pack(Numbered(30), tmp_path / "fresh", samples_per_shard=5)
+    assert files(out) == files(tmp_path / "fresh")
+    assert (out / "000001.tar").stat().st_ino == before["000001.tar"][0]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_move_that_was_cut_off_is_ended(tmp_path, monkeypatch, overwrite):
+    options = {"samples_per_shard": 6, "sidecars": ["sizes", "energon"]}
+    expected = pack(Numbered(12), tmp_path / "whole", **options)
+    began = tmp_path / "began"
+    if overwrite:  # more shards and other sidecars than the new set has
+        pack(records(15), began, samples_per_shard=5, sidecars=["nshards", "energon"])
+    with monkeypatch.context() as patch:
+        kill_in_move(patch, began, after=0)
+        with pytest.raises(Killed):
+            pack(Numbered(12), began, overwrite=overwrite, **options)
+    assert (began / WORK_FOLDER / "move.json").is_file()
+    steps, out, ended = 0, tmp_path, False
+    while not ended:
+        out = tmp_path / str(steps)
+        shutil.copytree(began, out)
+        try:
+            with monkeypatch.context() as patch:
+                kill_in_move(patch, out, after=steps)
+                again = pack(Numbered(12), out, **options)
+            ended = True
+        except Killed:
+            again = pack(Numbered(12), out, **options)
+        assert again.fingerprint == expected.fingerprint
+        assert files(out) == files(tmp_path / "whole")
+        steps += 1
+    assert steps > 8
+
+
+class Killed(BaseException):
+    """Stands in for a process that is gone."""
+
+
+def kill_in_move(patch, out, *, after):
+    """Lets a pack die once it has changed so many names while it moves shards into place."""
+    left = [after]
+
+    def killable(act):
+        def acts(self, *arguments, **options):
+            if (out / WORK_FOLDER / "move.json").exists() and out in self.parents:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            return act(self, *arguments, **options)
+
+        return acts
+
+    # The last two names, of order and plan, are only reached when all else is done.
+    for name in ("replace", "unlink"):
+        patch.setattr(Path, name, killable(getattr(Path, name)))
+
+
+def test_a_pack_that_was_killed_goes_on(tmp_path):
+    """A real process, killed with -9 in the middle of a shard."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02d}.png").write_bytes(picture(number))
+        (folder / f"{number:02d}.txt").write_text(f"caption {number}")
+    script = f"""
+import os, signal
+from shards.sources import FolderSource
+from shards.write import pack
+
+class Deadly(FolderSource):
+    def record(self, index):
+        if index == 23:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().record(index)
+
+pack(Deadly({str(folder)!r}), {str(tmp_path / "out")!r}, samples_per_shard=5)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    before = shards_at_work(tmp_path / "out")
+    assert sorted(before) == [f"{number:06d}.tar" for number in range(4)]
+    said = []
+    again = pack(FolderSource(folder), tmp_path / "out", samples_per_shard=5, tell=said.append)
+    fresh = pack(FolderSource(folder), tmp_path / "fresh", samples_per_shard=5)
+    assert "4 shards are done" in said[0]
+    assert files(again.folder) == files(fresh.folder)
+    after = {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in again.folder.glob("*.tar")
+    }
+    assert {name: after[name] for name in before} == before
+
+
+def test_an_interrupt_ends_the_threads_at_once(tmp_path):
+    entered, seen = threading.Event(), []
+
+    class Slow(Numbered):
+        def record(self, index):
+            seen.append(index)
+            entered.set()
+            time.sleep(0.01)
+            return self.records[index]
+
+    # The signal reaches the main thread, which waits for the first shard.
+    timer = threading.Thread(target=lambda: (entered.wait(30), os.kill(os.getpid(), signal.SIGINT)))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        pack(Slow(2000), tmp_path, samples_per_shard=1000, workers=2)
+    timer.join()
+    assert len(seen) < 1000
+    assert not [one for one in threading.enumerate() if one.name.startswith("pack")]
+
+
+def test_several_captions_come_back(tmp_path):
+    several = [
+        Record("a", picture(1), None, {"n": 1}, captions=["one\ncat", " ", "a cat"]),
+        Record("b", picture(2), "a dog", {"captions": ["not", "these"]}),
+        Record("c", picture(3), None, captions=["", " "]),
+        Record("d", picture(4), None, captions=["fine", "\udcff"]),
+        Record("e", picture(5), "with a class", members={"cls": b"7"}),
+    ]
+    manifest = pack(several, tmp_path)
+    assert [(one.key, one.reason) for one in manifest.problems] == [
+        ("c", Reason.EMPTY_CAPTION),
+        ("d", Reason.BAD_TEXT),
+    ]
+    reader = ShardReader(manifest)
+    first, second, last = (reader.read(n, manifest.fields) for n in range(3))
+    reader.close()
+    assert CaptionRule().read(first, Limits()) == (
+        ["one\ncat", "a cat"],
+        {"n": 1, "captions": ["one\ncat", "a cat"]},
+    )
+    assert CaptionRule(("txt.lines",)).read(first, Limits())[0] == ["one cat", "a cat"]
+    assert CaptionRule().read(second, Limits()) == (["a dog"], {})
+    assert last["cls"] == b"7"
+    samples = webdataset_samples(tmp_path, manifest)
+    assert [one["txt"] for one in samples] == [b"one cat\na cat", b"a dog", b"with a class"]
+    assert samples[2]["cls"] == b"7"
+
+
+def webdataset_samples(folder, manifest):
+    urls = [str(folder / shard.name) for shard in manifest.shards]
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        samples = list(WebDataset(urls, shardshuffle=False))
+        gc.collect()  # it leaves the shards open
+    return samples
+
+
+def test_overwriting_takes_sidecars_and_quarantine_away(tmp_path):
+    first = pack(records(12), tmp_path, samples_per_shard=5, sidecars=EVERY_SIDECAR)
+    first.set_aside({1: first.problem(1, Reason.UNDECODABLE)})
+    (tmp_path / "classnames.txt").write_text("mine")
+    assert len(Manifest.open(tmp_path)) == 11
+    pack(records(3), tmp_path, overwrite=True, sidecars=["sizes"])
+    assert set(files(tmp_path)) == {
+        *("000000.tar", "manifest.json", "samples.parquet", "sizes.json", "classnames.txt")
+    }
+    assert len(Manifest.open(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "samples.parquet"])
 def test_a_damaged_manifest_is_refused(tmp_path, name):
     pack(records(4), tmp_path)
@@ -222,9 +580,6 @@ def test_a_scan_of_what_cannot_be_written_to_is_kept_in_the_cache(tmp_path, monk
 def test_folders_without_shards_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no .tar file$"):
         Manifest.open(tmp_path)
-    (tmp_path / "0.tar.gz").touch()
-    with pytest.raises(FileNotFoundError, match=r"0.tar.gz is compressed: unpack it first"):
-        Manifest.open(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no manifest.json"):
         Manifest.load(tmp_path)
     write_tar(tmp_path / "0.tar", {"README": b"no sample"})
@@ -270,7 +625,10 @@ def test_rows_become_records(table, tmp_path):
         ({"where": {"sort": 1}}, "no column 'sort'"),
         ({"where": {"kind": "z"}}, r"leaves no row of pairs.parquet \(kind is one of x, y\)"),
         ({"where": {"number": "two"}}, "column 'number' holds int64, which 'two' cannot be"),
-        ({"image": "number"}, "column 'number' holds int64; it must hold encoded pictures, or path"),
+        (
+            {"image": "number"},
+            "column 'number' holds int64; it must hold encoded pictures, or path",
+        ),
         ({"image": "kind"}, "there is no picture .*/x; set root to the folder that the paths"),
         ({"caption": "number"}, "column 'number' holds int64; a caption must be a string"),
         ({"caption": "struct"}, "column 'struct' holds struct.*; a caption must be a string"),
@@ -288,7 +646,7 @@ def test_wrong_files_are_told(tmp_path):
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         ParquetSource(tmp_path / "text.parquet")
-    with pytest.raises(ValueError, match="no .parquet or .pq file was named"):
+    with pytest.raises(ValueError, match=r"no .parquet or .pq file was named"):
         ParquetSource([])
 
 

@@ -19,7 +19,7 @@ class PackConfig(Config):
     must_exist: ClassVar[tuple[str, ...]] = ("source", "root")
 
     source: Place | list[Place] = Field(
-        description="A folder of pictures with .txt or .json beside them, or one of class folders;\n"
+        description="A folder of pictures with .txt or .json beside them, or with class folders;\n"
         "Parquet, CSV, TSV or JSON lines (several as a list); a caption file of COCO or\n"
         "Flickr; shards: a folder, a tar, a pattern such as a/{0..7}.tar, or their URL."
     )
