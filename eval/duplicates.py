@@ -249,11 +249,22 @@ def joined(
     return first[inverse].astype(np.int64)
 
 
-def members(groups: Int64[ndarray, " n"], *, most: int) -> list[Int64[ndarray, " k"]]:
-    """The rows of the largest groups of two and more, at most `most` groups."""
-    names, counts = np.unique(groups, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:most]
-    return [np.flatnonzero(groups == names[k]) for k in order if counts[k] > 1]
+def equal_between(
+    digests: UInt64[ndarray, " n"], other: UInt64[ndarray, " m"]
+) -> Int64[ndarray, "p 2"]:
+    """Rows of one set whose digest the other has, each with the first row there that has it."""
+    values, first = np.unique(other, return_index=True)
+    place = np.minimum(np.searchsorted(values, digests), max(len(values) - 1, 0))
+    rows = np.flatnonzero(values[place] == digests) if len(values) else np.arange(0)
+    return np.stack([rows, first[place[rows]]], axis=1).astype(np.int64)
+
+
+def members(groups: Int64[ndarray, " n"]) -> list[Int64[ndarray, " k"]]:
+    """The rows of each group of two and more, the largest group first."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    several = [rows for rows in np.split(order, starts) if len(rows) > 1]
+    return sorted(several, key=lambda rows: (-len(rows), rows[0]))
 
 
 def _lead_by_hash(

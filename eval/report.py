@@ -25,13 +25,34 @@ import numpy as np
 from jaxtyping import Float
 
 from eval.report_charts import Chart, Series, line_chart
-from eval.report_galleries import Confusion, Hit, Query, confusions, gallery, space_map
+from eval.report_galleries import (
+    Confusion,
+    Hit,
+    Query,
+    confusions,
+    gallery,
+    picture_grid,
+    space_map,
+)
+from eval.report_histograms import Histogram, histogram
 from eval.report_html import EN_DASH, Element, caption, element, render
 from eval.report_pictures import Picture, PictureStore
-from eval.report_tables import Tile, figure_table, headline, method_table
+from eval.report_tables import Number, Tile, figure_table, headline, method_table, word_table
 from eval.results import Report
 
-__all__ = ["Chart", "Confusion", "Hit", "Page", "Picture", "Query", "Section", "Series", "Tile"]
+__all__ = [
+    "Chart",
+    "Confusion",
+    "Histogram",
+    "Hit",
+    "Number",
+    "Page",
+    "Picture",
+    "Query",
+    "Section",
+    "Series",
+    "Tile",
+]
 
 
 class Section:
@@ -55,11 +76,22 @@ class Section:
         self._blocks.append(element("h3", title))
         return self.text(lead)
 
-    def charts(self, charts: Sequence[Chart]) -> "Section":
-        """Line charts side by side (see `eval.report_charts.Chart`)."""
+    def charts(self, charts: Sequence[Chart | Histogram]) -> "Section":
+        """Line charts and histograms side by side."""
         if not charts:
             raise ValueError(f"section {self.title!r}: no charts; pass at least one")
-        return self._add(element("div", *[line_chart(chart) for chart in charts], class_="charts"))
+        drawn = [
+            line_chart(chart) if isinstance(chart, Chart) else histogram(chart) for chart in charts
+        ]
+        return self._add(element("div", *drawn, class_="charts"))
+
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[str | int]]) -> "Section":
+        """A table of words and whole numbers."""
+        return self._add(word_table(heads, rows))
+
+    def pictures(self, hits: Sequence[Hit]) -> "Section":
+        """Pictures with their captions, one beside the other."""
+        return self._add(picture_grid(hits, self._pictures))
 
     def figures(self, report: Report, *, labels: Mapping[str, str] | None = None) -> "Section":
         """One report: a row per figure with its interval, how far above chance, how many items.
@@ -125,7 +157,7 @@ class Page:
         self._sections: list[Section] = []
         self._pictures = PictureStore()
 
-    def headline(self, tiles: Sequence[Tile]) -> None:
+    def headline(self, tiles: Sequence[Tile | Number]) -> None:
         """Set the key figures at the head of the page: value, interval, how many times chance."""
         self._headline = headline(tiles)
 

@@ -82,6 +82,18 @@ def gallery(queries: Sequence[Query], store: PictureStore) -> Element:
     return element("div", *shown, class_="cards" if in_words else "rows")
 
 
+def picture_grid(hits: Sequence[Hit], store: PictureStore) -> Element:
+    """Pictures with their captions, without a question that they answer.
+
+    Raises:
+        ValueError: no pictures, or a damaged one.
+    """
+    if not hits:
+        raise ValueError("pictures: none; leave the block out")
+    tiles = [_hit(hit, store, f"pictures, number {number}") for number, hit in enumerate(hits)]
+    return element("ol", *tiles, class_="hits")
+
+
 def confusions(pairs: Sequence[Confusion], store: PictureStore) -> Element:
     """The most confused pairs: what was there, what was said instead, how often.
 

@@ -18,6 +18,16 @@ class Tile:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Number:
+    """A plain number at the head of the page, measured without error: a count, a size."""
+
+    label: str
+    value: str
+    unit: str = ""
+    note: str = ""
+
+
 def times_chance(figure: Figure) -> float | None:
     """How many times better than chance: value / chance, or chance / value where lower is better.
 
@@ -36,7 +46,7 @@ def times_chance(figure: Figure) -> float | None:
     return above / below
 
 
-def headline(tiles: Sequence[Tile]) -> Element:
+def headline(tiles: Sequence[Tile | Number]) -> Element:
     """The key figures in a row.
 
     Raises:
@@ -44,7 +54,33 @@ def headline(tiles: Sequence[Tile]) -> Element:
     """
     if not tiles:
         raise ValueError("headline: no tiles; pass at least one figure")
-    return element("div", *[_tile(tile) for tile in tiles], class_="tiles")
+    shown = [_tile(tile) if isinstance(tile, Tile) else _number_tile(tile) for tile in tiles]
+    return element("div", *shown, class_="tiles")
+
+
+def word_table(heads: Sequence[str], rows: Sequence[Sequence[str | int]]) -> Element:
+    """A table of words and whole numbers; the first column names the rows.
+
+    Raises:
+        ValueError: there are no rows, or one has not a cell for each head.
+    """
+    if not rows or any(len(row) != len(heads) for row in rows):
+        raise ValueError(f"table {', '.join(heads)}: no rows, or one of another length")
+    body = [
+        element(
+            "tr",
+            element("th", caption(str(first)), scope="row"),
+            *[_cell(value) for value in rest],
+        )
+        for first, *rest in rows
+    ]
+    table = element(
+        "table",
+        element("thead", element("tr", *map(_head, heads))),
+        element("tbody", *body),
+        class_="sortable",
+    )
+    return element("div", table, class_="scroll")
 
 
 def figure_table(report: Report, labels: Mapping[str, str]) -> Element:
@@ -147,6 +183,23 @@ def _tile(tile: Tile) -> Element:
         element("div", caption(tile.note), class_="note") if tile.note else None,
         class_="tile",
     )
+
+
+def _number_tile(number: Number) -> Element:
+    unit = element("small", f"\u202f{number.unit}") if number.unit else None
+    return element(
+        "div",
+        element("div", caption(number.label), class_="label"),
+        element("div", element("span", number.value, unit, class_="value"), class_="key"),
+        element("div", caption(number.note), class_="note") if number.note else None,
+        class_="tile",
+    )
+
+
+def _cell(value: str | int) -> Element:
+    if isinstance(value, int):
+        return element("td", f"{value:,}", data_sort=value)
+    return element("td", caption(value))
 
 
 def _table(heads: Sequence[Element], rows: Sequence[Element], figures: Sequence[Figure]) -> Element:
