@@ -40,6 +40,9 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb(schemas.DemoConfig, "pipelines.demo:run", "train and show all on built-in data"),
     "pack": Verb(schemas.PackConfig, "pipelines.pack:run", "image-text pairs into shards"),
+    "inspect": Verb(
+        schemas.InspectConfig, "pipelines.inspect:run", "what is in shards; damage; copies"
+    ),
     "pretrain": Verb(schemas.PretrainConfig, "pipelines.pretrain:run", "train a dual encoder"),
     "embed": Verb(schemas.EmbedConfig, "pipelines.embed:run", "shards into an embedding table"),
     "index": Verb(schemas.IndexConfig, "pipelines.index:run", "a table into a FAISS index"),

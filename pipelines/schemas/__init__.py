@@ -6,6 +6,7 @@ Nothing here imports torch. `align config VERB` prints these with their comments
 from pipelines.schemas.data import PackConfig
 from pipelines.schemas.demo import DEMO_TASKS, DemoConfig
 from pipelines.schemas.evaluation import EvaluateConfig, FuseConfig, HeadConfig, TaskConfig
+from pipelines.schemas.inspect import InspectConfig
 from pipelines.schemas.training import ModelConfig, PretrainConfig
 from pipelines.schemas.use import EmbedConfig, IndexConfig, SearchConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "FuseConfig",
     "HeadConfig",
     "IndexConfig",
+    "InspectConfig",
     "ModelConfig",
     "PackConfig",
     "PretrainConfig",
