@@ -123,7 +123,7 @@ class RemoteStorage(Storage):
             except BadSample as bad:
                 raise OSError(bad.detail) from None
 
-        return io.BufferedReader(ByteStream(read, end), 1 << 16)
+        return io.BufferedReader(ByteStream(read, end, name=name), 1 << 16)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See `Storage`."""

@@ -222,9 +222,13 @@ class ByteStream(io.RawIOBase):
     Args:
         read: `read(offset, size)` gives bytes that lie inside the file.
         size: Size of the file.
+        name: What it is called.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+    mode = "rb"
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, *, name: str) -> None:
+        self.name = name
         self._read = read
         self._size = size
         self._place = 0

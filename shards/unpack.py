@@ -15,7 +15,8 @@ from shards.cache import DIGEST_BYTES, Cache, OpenFile, Recent
 from shards.damage import BadSample, Reason
 from shards.storage import PACKED_SUFFIXES, ByteStream, Reading, Storage
 
-_CHUNK = 1 << 20
+# What an unpacker reads at a time is lost with the damage that it finds there.
+_CHUNK = 1 << 17
 _TAR_BLOCK = 512
 _MAX_OPEN = 64
 # Pictures hardly shrink, and text shrinks to a tenth.
@@ -60,7 +61,8 @@ class UnpackingStorage(Storage):
         if not name.endswith(PACKED_SUFFIXES):
             return self._inner.open(name)
         file = self._file(name)
-        return io.BufferedReader(ByteStream(file.read, file.size - DIGEST_BYTES), 1 << 16)
+        stream = ByteStream(file.read, file.size - DIGEST_BYTES, name=name)
+        return io.BufferedReader(stream, 1 << 16)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See `Storage`."""

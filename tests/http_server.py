@@ -3,12 +3,11 @@
 import re
 import socket
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class Site:
@@ -16,21 +15,17 @@ class Site:
 
     Attributes:
         url: Where it answers.
-        requests: How often each path was asked for.
-        sent: Bytes of bodies.
+        log: Path and range of each request.
         fault: What goes wrong: `""`, `503`, `404`, `drop`, `stall`, `short`, `no_range`, `shifted`,
-            `gone` (no answer at all).
+            `gone` (hangs up).
         faults_left: How many answers go wrong before all is well again.
         fault_paths: Only paths with this in them go wrong.
         tag: What every file's ETag says beside its size.
-        busiest: Most requests under way at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = ""
-        self.requests: Counter[str] = Counter()
-        self.sent = 0
         self.fault = ""
         self.faults_left = 1 << 30
         self.fault_paths = ""
@@ -38,15 +33,6 @@ class Site:
         self.log: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.released = threading.Event()
-
-    @property
-    def total(self) -> int:
-        return self.requests.total()
-
-    def reset(self) -> None:
-        self.requests.clear()
-        self.log.clear()
-        self.sent = 0
 
     def break_down(self, fault: str, *, times: int = 1 << 30, paths: str = "") -> None:
         self.fault, self.faults_left, self.fault_paths = fault, times, paths
@@ -94,44 +80,43 @@ def serving(folder: Path) -> Iterator[Site]:
 
 def _answer(site: Site, handler: BaseHTTPRequestHandler) -> None:
     path = handler.path.partition("?")[0]
-    wanted = handler.headers.get("Range", "")
     with site.lock:
-        site.requests[path] += 1
-        site.log.append((path, wanted))
+        site.log.append((handler.path, handler.headers.get("Range", "")))
     fault = site.next_fault(path)
-    if fault == "gone":
+    file = site.folder / unquote(path.lstrip("/"))
+    if fault in ("gone", "stall"):
+        if fault == "stall":
+            site.released.wait(60)
+        handler.close_connection = True
         handler.connection.shutdown(socket.SHUT_RDWR)
-        handler.close_connection = True
-        return
-    if fault == "stall":
-        site.released.wait(60)
-        handler.close_connection = True
-        return
-    if fault.isdecimal():
-        return _send(site, handler, int(fault), b"sorry", {})
-    file = site.folder / path.lstrip("/")
-    if file.is_dir():
+    elif fault.isdecimal():
+        _send(site, handler, int(fault), b"sorry", {})
+    elif file.is_dir():
         links = "".join(f'<a href="{name.name}">{name.name}</a>' for name in file.iterdir())
         page = f'<html><a href="../">up</a>{links}<a href="/elsewhere/x.tar">x</a></html>'
-        return _send(site, handler, 200, page.encode(), {"Content-Type": "text/html"})
-    if not file.is_file():
-        return _send(site, handler, 404, b"no", {})
-    data = file.read_bytes()
+        _send(site, handler, 200, page.encode(), {"Content-Type": "text/html"})
+    elif not file.is_file():
+        _send(site, handler, 404, b"no", {})
+    else:
+        _send_file(site, handler, file.read_bytes(), fault)
+
+
+def _send_file(site: Site, handler: BaseHTTPRequestHandler, data: bytes, fault: str) -> None:
     headers = {"ETag": f'"{site.tag}-{len(data)}"'}
-    match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
     if match is None or fault == "no_range":
-        return _send(site, handler, 200, data, headers)
+        cut = len(data) // 2 if fault == "drop" else None
+        _send(site, handler, 200, data, headers, cut=cut)
+        return
     start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
     if start >= len(data):
-        return _send(site, handler, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        _send(site, handler, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        return
     told = start + 512 if fault == "shifted" else start
     headers["Content-Range"] = f"bytes {told}-{stop - 1}/{len(data)}"
     body = data[start:stop]
-    if fault == "drop":
-        return _send(site, handler, 206, body, headers, cut=len(body) // 2)
-    if fault == "short":
-        body = body[:-1]
-    return _send(site, handler, 206, body, headers)
+    cut = len(body) // 2 if fault == "drop" else None
+    _send(site, handler, 206, body[:-1] if fault == "short" else body, headers, cut=cut)
 
 
 def _send(
@@ -148,8 +133,6 @@ def _send(
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body if cut is None else body[:cut])
-    with site.lock:
-        site.sent += len(body)
     if cut is not None:
         handler.wfile.flush()
         handler.close_connection = True
