@@ -34,7 +34,7 @@ def run(config: PackConfig) -> int:
             samples_per_shard=config.samples_per_shard,
             shuffle_seed=config.shuffle_seed,
             recoding=recoding,
-            sidecars=config.sidecars,
+            sidecars=config.sidecars or [],
             strict=config.strict,
             overwrite=config.overwrite,
             workers=workers,

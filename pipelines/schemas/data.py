@@ -75,8 +75,8 @@ class PackConfig(Config):
     shuffle_seed: int | None = Field(
         default=None, description="Mix the samples before writing; null keeps the source's order."
     )
-    sidecars: list[str] = Field(
-        default_factory=list,
+    sidecars: list[str] | None = Field(
+        default=None,
         description="Files for other tools: sizes (OpenCLIP), nshards (CLIP_benchmark), wids,\n"
         "energon, img2dataset.",
     )
