@@ -14,7 +14,7 @@ normalisation on the CPU to ours. Ratios are medians over the rounds. The last l
 | `photos_psnr_db` | our crops against those of Pillow and torchvision, with the same boxes |
 | `small_ratio` | our rate over OpenCLIP's on WebP of 64 pixels |
 | `resume_s` | seconds from opening 2,000,000 samples to the first batch after half of them |
-| `memory_growth` | growth of our peak memory from the first to the fifth epoch, as a share |
+| `memory_growth` | growth of our memory from the end of the first epoch to the fifth, as a share |
 """
 
 import argparse
@@ -116,12 +116,12 @@ def ratio(found: dict[str, list[float]], name: str) -> float:
 
 
 def memory_growth(folder: Path) -> float:
-    """Growth of the peak memory of our process from the first epoch to the fifth."""
+    """Growth of what our process holds from the end of the first epoch to that of the fifth."""
     samples = len(Manifest.open(folder)) // BATCH_SIZE * BATCH_SIZE
     task = {"folder": str(folder), "size": PHOTO_PIXELS, "samples": samples, "finish": "uint8"}
     with Side(side="ours", **task) as side:
-        peaks = [side.answer()["peak_kib"] for _ in range(5)]
-    return peaks[-1] / peaks[0] - 1
+        held = [side.answer()["resident_mib"] for _ in range(5)]
+    return held[-1] / held[0] - 1
 
 
 def resume_seconds(folder: Path, samples: int, *, runs: int) -> float:

@@ -2,7 +2,7 @@
 
 A side reads what to do as JSON from its first argument. It then goes once through its data for
 every line on standard input, and answers each time with one line of JSON: images, seconds of CPU
-and of wall time, and the peak of its memory.
+and of wall time, and the memory it holds.
 """
 
 import argparse
@@ -12,22 +12,22 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 BATCH_SIZE = 64
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def ours(folder: str, size: int, samples: int, finish: str) -> Callable[[], Iterator[Tensor]]:
     """Our loader with OpenCLIP's crops; `finish` is "uint8" or "float" (normalised on the CPU)."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     from shards.crop import RandomCrop
     from shards.loader import ShardLoader
 
-    mean = 255 * torch.tensor(OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
-    scale = 1 / (255 * torch.tensor(OPENAI_DATASET_STD).view(1, 3, 1, 1))
+    mean = 255 * torch.tensor(_MEAN).view(1, 3, 1, 1)
+    scale = 1 / (255 * torch.tensor(_STD).view(1, 3, 1, 1))
     loader = ShardLoader(folder, batch_size=BATCH_SIZE, image_size=size, crop=RandomCrop(0))
 
     def epoch() -> Iterator[Tensor]:
@@ -76,6 +76,15 @@ def resume(folder: str, consumed: int) -> None:
     print(json.dumps({"resume_s": seconds}), flush=True)
 
 
+def resident_mib() -> float:
+    """Memory this process holds; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return pages * resource.getpagesize() / 2**20
+
+
 def _answer(epoch: Callable[[], Iterator[Tensor]]) -> None:
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -84,7 +93,7 @@ def _answer(epoch: Callable[[], Iterator[Tensor]]) -> None:
             "images": images,
             "cpu_s": time.process_time() - cpu,
             "wall_s": time.perf_counter() - wall,
-            "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "resident_mib": resident_mib(),
         }
         print(json.dumps(answer), flush=True)
 
