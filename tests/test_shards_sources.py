@@ -385,7 +385,7 @@ def test_lines_that_are_no_rows_are_told(tmp_path):
         ("p2", Reason.BAD_TEXT),
         ("p3", Reason.EMPTY_CAPTION),
     ]
-    assert manifest.problems[0].detail == "row 3 has 3 values, not 2"
+    assert manifest.problems[0].detail == "line 3 has 3 values, not 2"
     manifest = pack(JsonTableSource(tmp_path / "t.jsonl"), tmp_path / "b")
     assert manifest.keys.to_pylist() == ["p0"]
     assert [(one.key, one.reason) for one in manifest.problems] == [
@@ -394,7 +394,7 @@ def test_lines_that_are_no_rows_are_told(tmp_path):
         ("p1", Reason.NO_CAPTION),
         ("t-4", Reason.NO_IMAGE),
     ]
-    with pytest.raises(ValueError, match=r"row 3 has 3 values, not 2.*strict packing stops"):
+    with pytest.raises(ValueError, match=r"line 3 has 3 values, not 2.*strict packing stops"):
         pack(TextTableSource(tmp_path / "t.csv"), tmp_path / "c", strict=True)
 
 
@@ -411,6 +411,7 @@ def test_lines_that_are_no_rows_are_told(tmp_path):
             "no column 'image'; it has path, caption; set image",
         ),
         ("t.csv", b"image,caption,image\na,b,c\n", "two columns named 'image'"),
+        ("t.csv", b"PAR1\0\xff,\n", "is no text table: it holds zero bytes"),
         ("t.csv", b"image,caption\nhttps://a.b/c.jpg,x\n", r"holds URLs \(first: https://a.b/c.j"),
         ("t.csv", b"image,caption\nnone.png,x\n", "no picture .*none.png; set root"),
         ("t.jsonl", b"", "holds no row|no column"),
@@ -430,6 +431,28 @@ def test_tables_that_cannot_be_used_are_told(name, content, message, tmp_path):
         opened(([str(path)], {}))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_quote_left_open_costs_no_more_than_it_must(tmp_path):
+    pictures(tmp_path)
+    rows = [f"p{n % 4}.png,caption {n}" for n in range(20_000)]
+    rows[50] = 'p0.png,"caption without end'
+    path = put(tmp_path, {"t.csv": "\n".join(["image,caption", *rows])}) / "t.csv"
+    source = TextTableSource(path, merge=False)
+    lost = 20_000 - len(source)
+    assert 0 < lost * len("p0.png,caption 10000") < 150_000
+    assert len(source.problems) == 1
+    assert "is a quote left open?" in source.problems[0].detail
+    assert source[-1].caption == "caption 19999"
+
+
+def test_bytes_that_are_no_utf_8_cost_their_rows_only(tmp_path):
+    pictures(tmp_path)
+    data = b"image,caption,by\np0.png,fine,caf\xe9\np1.png,fine,ann\np2.png,bad\xff,a,b\n"
+    path = put(tmp_path, {"t.csv": data}) / "t.csv"
+    manifest = pack(TextTableSource(path), tmp_path / "out")
+    assert manifest.keys.to_pylist() == ["p1"]
+    assert [one.reason for one in manifest.problems] == [Reason.UNREADABLE, Reason.BAD_TEXT]
 
 
 def test_a_list_in_a_json_file_is_a_table(tmp_path):

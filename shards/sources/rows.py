@@ -4,7 +4,7 @@ import codecs
 import csv
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pc_csv
 
 from shards.damage import Problem, Reason
 from shards.sources.record import keeps, offers
@@ -20,6 +19,7 @@ from shards.sources.record import keeps, offers
 _SEPARATORS = ("\t", ",", ";", "|")
 _HEAD_BYTES = 1 << 16
 _OFFERED_ROWS = 10_000
+_ROWS_AT_ONCE = 1 << 16
 
 
 class Rows(ABC):
@@ -209,30 +209,23 @@ def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> ArrowRows:
     Raises:
         ValueError: If the file is no such table.
     """
-    names, separator, encoding = _head(path)
+    separator, encoding = _head(path)
     bad: list[str] = []
-
-    def skip(row: pc_csv.InvalidRow) -> str:
-        bad.append(f"row {row.number} has {row.actual_columns} values, not {row.expected_columns}")
-        return "skip"
-
+    tables: list[pa.Table] = []
     try:
-        table = pc_csv.read_csv(
-            path,
-            # Rows are numbered only where one thread reads them.
-            read_options=pc_csv.ReadOptions(
-                use_threads=False, column_names=names, skip_rows=0, encoding=encoding
-            ),
-            parse_options=pc_csv.ParseOptions(
-                delimiter=separator, newlines_in_values=True, invalid_row_handler=skip
-            ),
-            convert_options=pc_csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.large_binary())
-            ),
-        ).slice(1)
-    except (pa.ArrowInvalid, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a text table ({line})") from None
+        with path.open(encoding=encoding, errors="surrogateescape", newline="") as stream:
+            reader = csv.reader(stream, delimiter=separator)
+            names = [name.strip() for name in next(reader)]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{path} has two columns named {twice!r}")
+            good = _whole_rows(reader, len(names), bad)
+            while rows := list(islice(good, _ROWS_AT_ONCE)):
+                columns = map(_bytes, zip(*rows, strict=True))
+                tables.append(pa.table(dict(zip(names, columns, strict=True))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a text table ({error})") from None
+    empty = pa.table({name: _bytes(()) for name in names})
+    table = pa.concat_tables([empty, *tables])
     columns = {
         name: _texts(table[name]) if name in texts else _typed(table[name]) for name in names
     }
@@ -241,25 +234,46 @@ def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> ArrowRows:
     return rows
 
 
+def _whole_rows(reader: Any, width: int, bad: list[str]) -> Iterator[list[str]]:
+    """The rows that have a value for each column; what is wrong with others goes to `bad`."""
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a value without end: the reader goes on behind it
+            bad.append(f"line {reader.line_num}: {error}; is a quote left open?")
+            continue
+        if len(row) == width:
+            yield row
+        elif row:
+            bad.append(f"line {reader.line_num} has {len(row)} values, not {width}")
+
+
+def _bytes(values: Iterable[str]) -> pa.Array:
+    """A column of text as bytes, those that were no UTF-8 included."""
+    return pa.array(
+        [value.encode("utf-8", "surrogateescape") for value in values], pa.large_binary()
+    )
+
+
 def _is_text(kind: pa.DataType) -> bool:
     checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(check(kind) for check in checks) or pa.types.is_large_binary(kind)
 
 
-def _head(path: Path) -> tuple[list[str], str, str]:
-    """The names of the columns, what separates them, and the encoding."""
+def _head(path: Path) -> tuple[str, str]:
+    """What separates the columns, and the encoding."""
     with path.open("rb") as stream:
         head = stream.read(_HEAD_BYTES)
     utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in head and not utf16:
+        raise ValueError(f"{path} is no text table: it holds zero bytes")
     encoding = "utf-16" if utf16 else "utf-8-sig"
-    lines = head.decode(encoding, "replace").splitlines()
-    if not lines or not lines[0].strip():
+    first = head.decode(encoding, "replace").splitlines()[:1]
+    if not first or not first[0].strip():
         raise ValueError(f"{path} is empty; its first line must name the columns")
-    separator = max(_SEPARATORS, key=lines[0].count)
-    names = [name.strip() for name in next(csv.reader(islice(lines, 100), delimiter=separator))]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{path} has two columns named {twice!r}")
-    return names, separator, "utf-16" if utf16 else "utf8"
+    return max(_SEPARATORS, key=first[0].count), encoding
 
 
 def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
