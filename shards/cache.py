@@ -77,26 +77,31 @@ class Recent(Generic[Value]):
 
     def __init__(self) -> None:
         self._values: OrderedDict[object, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock_of: dict[int, threading.Lock] = {}
 
     def get(self, key: object) -> Value | None:
         """The value of a key, which now counts as used; None where there is none."""
-        with self._lock:
+        with self._lock():
             if key in self._values:
                 self._values.move_to_end(key)
             return self._values.get(key)
 
     def put(self, key: object, value: Value, limit: int) -> None:
         """Keeps a value, and of all of them the `limit` used last."""
-        with self._lock:
+        with self._lock():
             self._values[key] = value
             while len(self._values) > limit:
                 self._values.popitem(last=False)
 
     def clear(self) -> None:
         """Lets go of everything."""
-        with self._lock:
+        with self._lock():
             self._values.clear()
+
+    def _lock(self) -> threading.Lock:
+        """A lock for this process: the one it was forked from may have died with a thread in it."""
+        process = os.getpid()
+        return self._lock_of.get(process) or self._lock_of.setdefault(process, threading.Lock())
 
 
 class Cache:
@@ -185,6 +190,9 @@ class Cache:
             if not isinstance(error, _DiskError):
                 raise
             self._turn_off(error)
+            with suppress(OSError):
+                # A full disk needs the room for something better.
+                self._shrink_to(self.limit / 2)
             return None
         return file
 
@@ -216,11 +224,15 @@ class Cache:
             _log.warning("%s: %s; going on without this cache", self.folder, error)
 
     def _make_room(self, added: int) -> None:
-        """Removes the files that were used longest ago, now and then, until the rest fits."""
+        """Sweeps now and then, as looking through the folder takes a while."""
         self._since_sweep += added
         if self._since_sweep < self.limit * _HEADROOM / 2:
             return
         self._since_sweep = 0
+        self._shrink_to(self.limit * (1 - _HEADROOM))
+
+    def _shrink_to(self, size: float) -> None:
+        """Removes the files that were used longest ago until the others take no more than this."""
         found: list[tuple[float, int, Path]] = []
         for entry in os.scandir(self.folder):
             # Another process may be sweeping too.
@@ -229,12 +241,12 @@ class Cache:
                 found.append((status.st_mtime, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in found)
         stale = time.time() - _STALE_S
-        for used, size, path in sorted(found):
+        for used, taken, path in sorted(found):
             is_left_over = path.suffix == ".partial" and used < stale
             is_file = not path.name.startswith(".")
-            if is_left_over or (is_file and total > self.limit * (1 - _HEADROOM)):
+            if is_left_over or (is_file and total > size):
                 path.unlink(missing_ok=True)
-                total -= size
+                total -= taken
 
 
 class _DiskError(Exception):

@@ -10,40 +10,18 @@ Connections, threads and locks belong to a process: one that was forked off star
 
 import io
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit, urlunsplit
-
-from tenacity import (
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_after_attempt,
-    stop_when_event_set,
-    wait_exponential,
-    wait_random,
-)
 
 from shards.cache import Cache, OpenFile, Recent
 from shards.damage import BadSample, Reason
-from shards.storage import TAR_SUFFIXES, ByteStream, Reading, Storage
+from shards.fetching import Ahead, Insistence, Shared
+from shards.storage import ByteStream, Reading, Storage, shards_among
 from shards.transport import Facts, RefusedError, Transport, TroubleError
 
-Result = TypeVar("Result")
-
-_LONGEST_PAUSE_S = 30.0
-# How long what failed is not asked for again: the other samples of a block fail with the first.
-_FAILED_S = 60.0
-# A place that is down may stay silent for this share of the time limit.
-_LITTLE_PATIENCE = 0.25
 # Blocks kept open as files of the cache, and in memory where there is no cache.
 _OPEN_BLOCKS, _MEMORY_BLOCKS = 128, 32
-_MAX_HINTS = 64
 # What stands for a number of a block: a shard's size and version, or all of it.
 _FACTS, _WHOLE = -1, -2
 
@@ -181,19 +159,15 @@ class _Connection:
         self._reading = reading
         self._expected = expected
         self._known: dict[str, Facts] = {}
-        self._hints = _Hints(reading.connections)
-        self._is_down = False
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
-        self._under_way: dict[tuple[str, int], Future[Any]] = {}
-        self._failed: dict[tuple[str, int], tuple[float, BadSample]] = {}
+        self._insistently = Insistence(tries=reading.tries, wait_s=reading.wait_s)
+        self._shared = Shared(self._bad_sample)
+        self._ahead = Ahead(reading.connections)
 
     def list(self) -> list[str]:
         """The names of the shards that the place lists."""
-        found = self._insist(lambda _: self.transport.list())
-        shards = {name: found[name] for name in found if name.endswith(TAR_SUFFIXES)}
-        self._known.update({name: facts for name, facts in shards.items() if facts is not None})
-        return list(shards)
+        found = self._insistently(lambda _: self.transport.list())
+        self._known.update({name: facts for name, facts in found.items() if facts is not None})
+        return shards_among(found)
 
     def facts(self, name: str) -> Facts:
         """Size and version of a shard: asked for once, or never if a manifest knows its hash."""
@@ -203,12 +177,12 @@ class _Connection:
 
         def ask() -> Facts:
             if name not in self._known:
-                self._known[name] = self._insist(
+                self._known[name] = self._insistently(
                     lambda patience: self.transport.facts(name, patience=patience)
                 )
             return self._known[name]
 
-        facts = self._known.get(name) or self._once((name, _FACTS), ask)
+        facts = self._known.get(name) or self._shared.once((name, _FACTS), ask)
         if facts.size < 0:
             raise BadSample(Reason.UNREADABLE, f"{self.url}/{name}: its size is not told")
         if size not in (-1, facts.size):
@@ -224,7 +198,7 @@ class _Connection:
         if offset + size > facts.size:
             raise BadSample(Reason.TRUNCATED, f"{self.url}/{name} ends before byte {offset + size}")
         if not facts.ranges:
-            whole = self._once((name, _WHOLE), lambda: self._download(name, facts))
+            whole = self._shared.once((name, _WHOLE), lambda: self._download(name, facts))
             return self._cut(whole, offset, size)
         numbers = range(offset // self.step, -(-(offset + size) // self.step))
         if len(numbers) > 1:
@@ -247,17 +221,17 @@ class _Connection:
 
         for number in range(offset // self.step, -(-(offset + size) // self.step)):
             if self.blocks.get((name, number)) is None:
-                self._hints.add((name, number), fetch)
+                self._ahead.add((name, number), fetch)
 
     def small_file(self, name: str) -> bytes:
         """A whole file, as it is now; raises the errors of `Transport`."""
-        facts = self._insist(lambda patience: self.transport.facts(name, patience=patience))
+        facts = self._insistently(lambda patience: self.transport.facts(name, patience=patience))
         if not facts.ranges:
-            return self._insist(lambda _: b"".join(self.transport.stream(name)))
+            return self._insistently(lambda _: b"".join(self.transport.stream(name)))
 
         def fetch(start: int) -> bytes:
             stop = min(start + self.step, facts.size)
-            return self._insist(
+            return self._insistently(
                 lambda patience: self.transport.fetch(name, start, stop, facts, patience=patience)
             )
 
@@ -266,8 +240,8 @@ class _Connection:
 
     def close(self) -> None:
         """Ends requests and threads; who waits for them gets a bad sample."""
-        self._closing.set()
-        self._hints.close()
+        self._insistently.close()
+        self._ahead.close()
         self.transport.close()
         self.blocks.clear()
 
@@ -279,7 +253,7 @@ class _Connection:
             block = self.blocks.get((name, number)) or self.cache.open(key)
             if block is None:
                 start, stop = number * self.step, min((number + 1) * self.step, facts.size)
-                data = self._insist(
+                data = self._insistently(
                     lambda patience: self.transport.fetch(
                         name, start, stop, facts, patience=patience
                     )
@@ -289,7 +263,7 @@ class _Connection:
             self.blocks.put((name, number), block, limit)
             return block
 
-        return self.blocks.get((name, number)) or self._once((name, number), fetch)
+        return self.blocks.get((name, number)) or self._shared.once((name, number), fetch)
 
     def _download(self, name: str, facts: Facts) -> OpenFile:
         """All of a shard, from a server that does not answer byte ranges."""
@@ -302,7 +276,7 @@ class _Connection:
                 "the server answers no byte ranges, and the cache has no room for whole shards"
             )
         with self.cache.turn(key):
-            file = self.cache.open(key) or self._insist(
+            file = self.cache.open(key) or self._insistently(
                 lambda _: self.cache.add(key, self._whole(name, facts))
             )
         if file is None:
@@ -329,106 +303,10 @@ class _Connection:
             raise BadSample(Reason.UNREADABLE, "local cache: a file was cut off while in use")
         return data
 
-    def _insist(self, request: Callable[[float], Result]) -> Result:
-        """Makes a request, again and again if it fails in a way that may pass.
-
-        Args:
-            request: Called with the share of the time limit that the place may stay silent.
-        """
-        down = self._is_down
-        stop = stop_after_attempt(1 if down else self._reading.tries)
-        pause = self._reading.wait_s
-        again = Retrying(
-            stop=stop | stop_when_event_set(self._closing),
-            wait=wait_exponential(pause, max=_LONGEST_PAUSE_S) + wait_random(0, pause),
-            retry=retry_if_exception_type(TroubleError),
-            sleep=sleep_using_event(self._closing),
-            reraise=True,
-        )
-        try:
-            result = again(request, _LITTLE_PATIENCE if down else 1.0)
-        except TroubleError:
-            self._is_down = True
-            raise
-        except OSError:
-            self._is_down = False  # a refusal is an answer too
-            raise
-        self._is_down = False
-        return result
-
-    def _once(self, key: tuple[str, int], make: Callable[[], Result]) -> Result:
-        """What `make` returns, or joins another thread that is making it; remembers failures."""
-        until, bad = self._failed.get(key, (0.0, None))
-        if bad is not None and time.monotonic() < until:
-            raise BadSample(bad.reason, bad.detail)
-        with self._lock:
-            theirs = self._under_way.get(key)
-            future = self._under_way.setdefault(key, Future())
-        if theirs is None:
-            try:
-                future.set_result(make())
-            except OSError as error:
-                bad = self._bad_sample(key[0], error)
-                self._failed[key] = (time.monotonic() + _FAILED_S, bad)
-                future.set_exception(bad)
-            except BaseException as error:
-                future.set_exception(error)
-                raise
-            finally:
-                with self._lock:
-                    del self._under_way[key]
-        try:
-            return future.result()
-        except BadSample as bad:
-            raise BadSample(bad.reason, bad.detail) from None
-
     def _bad_sample(self, name: str, error: OSError) -> BadSample:
         if isinstance(error, FileNotFoundError):
             return BadSample(Reason.SHARD_MISSING, f"{self.url}/{name}")
         return BadSample(Reason.UNREADABLE, f"{self.url}/{name}: {error}")
-
-
-class _Hints:
-    """A few threads that do what is good to have done, and end when there is nothing left.
-
-    Args:
-        threads: At most.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._free = threads
-        self._waiting: deque[tuple[tuple[str, int], Callable[[int], None]]] = deque()
-        self._known: set[tuple[str, int]] = set()
-        self._lock = threading.Lock()
-
-    def add(self, key: tuple[str, int], work: Callable[[int], None]) -> None:
-        """Has `work(key[1])` called soon; dropped if it is known, or if too much is waiting."""
-        with self._lock:
-            if key in self._known or len(self._waiting) >= _MAX_HINTS:
-                return
-            self._known.add(key)
-            self._waiting.append((key, work))
-            if not self._free:
-                return
-            self._free -= 1
-        threading.Thread(target=self._run, name="shards ahead", daemon=True).start()
-
-    def close(self) -> None:
-        """Forgets what has not begun."""
-        with self._lock:
-            self._waiting.clear()
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._free += 1
-                    return
-                key, work = self._waiting.popleft()
-            with suppress(BadSample):
-                work(key[1])
-            with self._lock:
-                self._known.discard(key)
 
 
 def _without_password(url: str) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +192,20 @@ def storage_of(place: Path | str, *, reading: Reading | None = None) -> Storage:
     return UnpackingStorage(inner, reading=reading)
 
 
+def shards_among(names: Iterable[str]) -> list[str]:
+    """Those of the names that are shards, sorted; of `a.tar` and `a.tar.gz` the first only.
+
+    Args:
+        names: Names of files.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        if name.endswith(TAR_SUFFIXES) and not name.startswith("."):
+            packed = next((end for end in PACKED_SUFFIXES if name.endswith(end)), ".tar")
+            found.setdefault(name.removesuffix(packed), name)
+    return sorted(found.values())
+
+
 def _protocol(text: str) -> str:
     """What stands before `://`; empty for a path."""
     protocol, colon, _ = text.partition("://")
@@ -285,11 +299,7 @@ class LocalStorage(Storage):
             for name in self.names:
                 if not (self._folder / name).is_file():
                     raise FileNotFoundError(f"{self._folder} holds no {name}")
-        found = self.names or [
-            path.name
-            for path in self._folder.iterdir()
-            if path.name.endswith(TAR_SUFFIXES) and not path.name.startswith(".")
-        ]
+        found = self.names or shards_among([path.name for path in self._folder.iterdir()])
         if not found:
             raise FileNotFoundError(f"{self._folder} holds no .tar file")
         return [(name, (self._folder / name).stat().st_size) for name in sorted(found)]

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +17,7 @@ class Site:
     Attributes:
         url: Where it answers.
         log: Path and range of each request.
+        headers: All headers of each request.
         fault: What goes wrong: `""`, `503`, `404`, `drop`, `stall`, `short`, `no_range`, `shifted`,
             `gone` (hangs up).
         faults_left: How many answers go wrong before all is well again.
@@ -31,6 +33,7 @@ class Site:
         self.fault_paths = ""
         self.tag = "1"
         self.log: list[tuple[str, str]] = []
+        self.headers: list[Message] = []
         self.lock = threading.Lock()
         self.released = threading.Event()
 
@@ -65,6 +68,10 @@ def serving(folder: Path) -> Iterator[Site]:
         def do_GET(self) -> None:
             _answer(site, self)
 
+        def do_HEAD(self) -> None:
+            """Only ever asked while it stalls."""
+            _answer(site, self)
+
     server = Server(("127.0.0.1", 0), Handler)
     site.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -81,6 +88,7 @@ def serving(folder: Path) -> Iterator[Site]:
 def _answer(site: Site, handler: BaseHTTPRequestHandler) -> None:
     path = handler.path.partition("?")[0]
     with site.lock:
+        site.headers.append(handler.headers)
         site.log.append((handler.path, handler.headers.get("Range", "")))
     fault = site.next_fault(path)
     file = site.folder / unquote(path.lstrip("/"))

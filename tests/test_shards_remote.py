@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import fsspec.config
 import pytest
 from http_server import Site, serving
 from shards_corpus import write_set
@@ -424,6 +425,33 @@ def bucket(folder, monkeypatch) -> Iterator[str]:
         store.pipe_file(f"pairs/train/{path.name}", path.read_bytes())
     yield "s3://pairs/train"
     server.stop()
+
+
+def test_an_object_store_that_stalls_is_a_bad_sample(folder, site, monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", site.url)
+    storage = storage_of("s3://pairs/train", reading=quick(tries=2))
+    site.break_down("stall")
+    begin = time.monotonic()
+    with pytest.raises(BadSample, match=r"no answer within 0\.4 s"):
+        storage.read("000.tar", 0, 10)
+    assert time.monotonic() - begin < 30, "botocore alone would take minutes"
+    storage.close()
+
+
+def test_configuration_of_fsspec_is_used(folder, site, monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"X-Token": "abc"}})
+    assert at(site).read("000.tar", 0, 10)
+    assert {headers["X-Token"] for headers in site.headers} == {"abc"}
+
+
+def test_an_empty_shard_is_told(folder, site):
+    (folder / "001.tar").write_bytes(b"")
+    manifest = Manifest.open(site.url)
+    assert [shard.samples for shard in manifest.shards] == [SIZES[0], 0, SIZES[2]]
+    assert [problem.shard for problem in manifest.problems] == ["001.tar"]
 
 
 def test_the_same_batches_over_s3(folder, bucket):

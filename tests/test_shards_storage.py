@@ -1,5 +1,6 @@
 """Places by name, compressed shards, the local cache, and what is told to be read soon."""
 
+import errno
 import gzip
 import io
 import logging
@@ -61,6 +62,14 @@ def test_places_by_name(tmp_path):
         storage_of(f"{folder}/{{000..003}}.tar").tars()
     with pytest.raises(FileNotFoundError, match="not a folder"):
         storage_of(tmp_path / "nowhere").tars()
+
+
+def test_a_compressed_shard_beside_itself_is_not_read_twice(tmp_path):
+    folder = write_set(tmp_path / "set", SIZES)
+    for name in ("000.tar.gz", "000.tgz", "001.tar.zst", "00.part.tar.gz", ".002.tar.gz", "x.gz"):
+        (folder / name).touch()
+    names = [name for name, _ in storage_of(folder).tars()]
+    assert names == ["00.part.tar.gz", "000.tar", "001.tar", "002.tar"]
 
 
 def test_names_that_cannot_be_read_are_refused_with_one_line(tmp_path):
@@ -159,12 +168,12 @@ def test_what_was_unpacked_before_damage_is_used_and_the_damage_told(tmp_path, s
 def test_what_is_no_archive_is_told_and_not_raised(tmp_path):
     folder = write_set(tmp_path / "set", [10])
     (folder / "noise.tar.gz").write_bytes(bytes(range(256)) * 9)
-    (folder / "noise.tar.zst").write_bytes(bytes(range(256)) * 9)
+    (folder / "noise2.tar.zst").write_bytes(bytes(range(256)) * 9)
     (folder / "empty.tar.gz").write_bytes(b"")
     (folder / "named.tar.gz").write_bytes((folder / "000.tar").read_bytes())
     manifest = Manifest.open(folder)
     assert len(manifest) == 20
-    assert {problem.shard for problem in manifest.problems} >= {"noise.tar.gz", "noise.tar.zst"}
+    assert {problem.shard for problem in manifest.problems} >= {"noise.tar.gz", "noise2.tar.zst"}
 
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
@@ -256,6 +265,20 @@ def test_a_disk_that_fails_turns_the_cache_off_with_one_line(tmp_path, caplog):
     assert cache.is_off
     (record,) = caplog.records
     assert "going on without this cache" in record.getMessage()
+
+
+def test_a_full_disk_turns_it_off_and_gives_half_back(tmp_path, monkeypatch, caplog):
+    cache = Cache(tmp_path / "held", 100_000)
+    for number in range(18):
+        cache.add(str(number), [bytes(5000)])
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cache.add("last", [bytes(5000)], durable=True) is None
+    assert "No space left on device" in caplog.text
+    assert 0 < sum(path.stat().st_size for path in (tmp_path / "held").iterdir()) <= 50_000
 
 
 def test_a_file_that_was_evicted_stays_readable(tmp_path):
