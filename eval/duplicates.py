@@ -259,7 +259,7 @@ def equal_between(
     return np.stack([rows, first[place[rows]]], axis=1).astype(np.int64)
 
 
-def members(groups: Int64[ndarray, " n"]) -> list[Int64[ndarray, " k"]]:
+def members(groups: Int64[ndarray, " n"]) -> list[Int64[ndarray, " _"]]:
     """The rows of each group of two and more, the largest group first."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order])) + 1

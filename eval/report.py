@@ -29,10 +29,12 @@ from eval.report_galleries import (
     Confusion,
     Hit,
     Query,
+    Twins,
     confusions,
     gallery,
     picture_grid,
     space_map,
+    twins,
 )
 from eval.report_histograms import Histogram, histogram
 from eval.report_html import EN_DASH, Element, caption, element, render
@@ -52,6 +54,7 @@ __all__ = [
     "Section",
     "Series",
     "Tile",
+    "Twins",
 ]
 
 
@@ -113,6 +116,10 @@ class Section:
     def gallery(self, queries: Sequence[Query]) -> "Section":
         """Queries (words, a picture, or both) with their hits, right and wrong ones marked."""
         return self._add(gallery(queries, self._pictures))
+
+    def twins(self, pairs: Sequence[Twins]) -> "Section":
+        """Pairs of pictures side by side."""
+        return self._add(twins(pairs, self._pictures))
 
     def confusions(self, pairs: Sequence[Confusion]) -> "Section":
         """The pairs most often taken for one another."""

@@ -63,6 +63,15 @@ class Confusion:
     mistaken_picture: Picture | None = None
 
 
+@dataclass(frozen=True)
+class Twins:
+    """Two pictures that belong together, such as copies; `note` says how."""
+
+    left: Hit
+    right: Hit
+    note: str = ""
+
+
 def gallery(queries: Sequence[Query], store: PictureStore) -> Element:
     """Queries, each with its hits; where no hit has a picture, as cards with a list of words.
 
@@ -92,6 +101,25 @@ def picture_grid(hits: Sequence[Hit], store: PictureStore) -> Element:
         raise ValueError("pictures: none; leave the block out")
     tiles = [_hit(hit, store, f"pictures, number {number}") for number, hit in enumerate(hits)]
     return element("ol", *tiles, class_="hits")
+
+
+def twins(pairs: Sequence[Twins], store: PictureStore) -> Element:
+    """Pairs of pictures side by side, with a word between them.
+
+    Raises:
+        ValueError: no pairs, or a damaged picture.
+    """
+    if not pairs:
+        raise ValueError("twins: no pairs; leave the block out")
+    shown = []
+    for number, pair in enumerate(pairs):
+        place = f"twins, pair {number}"
+        left, right = (
+            _tile(hit.picture, hit.caption, store, place) for hit in (pair.left, pair.right)
+        )
+        between = element("div", caption(pair.note), class_="taken")
+        shown.append(element("figure", left, between, right, class_="pair"))
+    return element("div", *shown, class_="pairs")
 
 
 def confusions(pairs: Sequence[Confusion], store: PictureStore) -> Element:

@@ -89,7 +89,7 @@ def histogram(chart: Histogram) -> Element:
         gap = min(1.5, 0.2 * (x(high) - x(low)))
         width = round(x(high) - x(low) - gap, 1)
         # A bar of one among a million is still to be seen.
-        height = max(y(0.0) - y(count), 1.0) if count else 0.0
+        height = max(y(0.0) - y(float(count)), 1.0) if count else 0.0
         bar = {"x": x(low), "width": width, "y": round(y(0.0) - height, 1), "height": height}
         said = f"{compact(low)} to {compact(high)}: {count:,}"
         parts.append(element("rect", element("title", said), **bar, class_="bar"))
@@ -114,7 +114,7 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
     low, high = float(numbers.min()), float(np.quantile(numbers, 0.99))
     whole = bool((numbers == np.round(numbers)).all())
     if whole and high - low < _BARS:
-        return np.arange(low, max(high, low + 1) + 2)
+        return np.arange(low - 0.5, high + 1)
     covering = ticks(low, high, at_most=_BARS)
     return np.array(covering)
 
@@ -127,9 +127,10 @@ def _log_edges(numbers: np.ndarray) -> np.ndarray:
 
 
 def _marks(scale: Scale) -> list[float]:
-    """Round numbers on the axis: powers of two where it is logarithmic and short."""
-    if not scale.log:
-        return [mark for mark in ticks(scale.low, scale.high) if scale.low <= mark <= scale.high]
-    first, last = math.ceil(math.log2(scale.low)), math.floor(math.log2(scale.high))
-    step = max(1, -(-(last - first) // 6))
-    return [2.0**power for power in range(first, last + 1, step)]
+    """Round numbers on the axis: powers of two where a logarithmic one holds three of them."""
+    if scale.log:
+        first, last = math.ceil(math.log2(scale.low)), math.floor(math.log2(scale.high))
+        if last - first >= 2:
+            step = max(1, -(-(last - first) // 6))
+            return [2.0**power for power in range(first, last + 1, step)]
+    return [mark for mark in ticks(scale.low, scale.high) if scale.low <= mark <= scale.high]

@@ -39,16 +39,20 @@ def run(config: InspectConfig) -> int:
     """Inspect, print what was found, write the page."""
     out = config.out or Path("runs/inspect") / _name(config.data)
     with run_folder.locked(out):
-        run_folder.record(out, config)
         return _run(config, out)
 
 
 def _run(config: InspectConfig, out: Path) -> int:
     manifest = Manifest.open(config.data, quarantine=False)
+    run_folder.record(out, config)
     about, disagree = survey(manifest), mismatches(manifest)
     before, complaint = _set_aside_before(config.data, manifest)
     disagree += complaint
-    report: dict[str, Any] = {"version": 1, "survey": about.as_dict()}
+    report: dict[str, Any] = {
+        "version": 1,
+        "survey": about.as_dict(),
+        "set_aside_before": len(before),
+    }
     seen = _look(config, manifest, out, whole=config.verify or config.against is not None)
     report["seen"] = _described(seen, config)
     if config.verify:
@@ -142,7 +146,7 @@ def _set_aside(
     place = manifest.set_aside(bad)
     if not bad:
         place.unlink()
-    return {"samples": len(bad), "before": len(before), "file": str(place)}
+    return {"samples": len(bad), "file": str(place)}
 
 
 def _changed(manifest: Manifest) -> list[Mismatch]:

@@ -116,7 +116,7 @@ class Copies:
     looked_at: int
     flat: int
     superfluous: Mapping[str, int]
-    groups: Sequence[tuple[str, Int64[ndarray, " k"]]]
+    groups: Sequence[tuple[str, Int64[ndarray, " _"]]]
 
     def summary(self) -> dict[str, Any]:
         """The counts, for JSON."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.report import Histogram, Hit, Number, Page, Query
+from eval.report import Histogram, Hit, Number, Page, Query, Twins
 from pipelines.inspect_look import Copies, Overlap, Seen
 from pipelines.inspect_text import counts, size, spread
 from shards.captions import CaptionRule
@@ -17,7 +17,7 @@ from shards.examine import captions_of
 from shards.read import ShardReader
 
 _SHOWN = 40
-_GROUPS, _IN_GROUP, _PAIRS = 12, 8, 12
+_GROUPS, _IN_GROUP, _PAIRS = 12, 8, 24
 _EXAMPLES, _PROBLEMS = 3, 200
 _CELL = 320
 
@@ -154,8 +154,10 @@ def _distributions(page: Page, seen: Seen) -> None:
             Histogram.of("Encoded picture", data / 1000, x_label="kilobytes (log)", log=True),
         ]
     if len(prospect.characters):
-        charts.append(Histogram.of("Caption", prospect.characters, x_label="characters"))
-        charts.append(Histogram.of("Caption", prospect.words, x_label="words"))
+        charts.append(
+            Histogram.of("Length of a caption", prospect.characters, x_label="characters")
+        )
+        charts.append(Histogram.of("Words of a caption", prospect.words, x_label="words"))
     if charts:
         how = "All samples." if seen.whole else f"{prospect.seen:,} samples drawn at random."
         note = "The rarest hundredth at the upper end is counted in the last bar."
@@ -259,14 +261,14 @@ def _overlap(
         f"too ({kinds}), and {numbers['same_caption']:,} of {numbers['captioned']:,} samples share "
         "a caption with it. Here on the left, there on the right; overlap.jsonl lists all pairs.",
     )
-    queries = []
+    pairs = []
     for kind, row, copy in overlap.pairs[:_PAIRS]:
         mine, copied = album.picture(row), theirs.picture(copy)
         if mine is not None and copied is not None:
-            hit = Hit(theirs.caption(copy), copied)
-            queries.append(Query([hit], "", mine, album.caption(row), note=kind))
-    if queries:
-        section.gallery(queries)
+            left, right = Hit(album.caption(row), mine), Hit(theirs.caption(copy), copied)
+            pairs.append(Twins(left, right, kind))
+    if pairs:
+        section.twins(pairs)
 
 
 def _facts(page: Page, report: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     return [*[f"{name:<{width}}  {text}" for name, text in rows], f"found: {found or 'nothing'}"]
 
 
-def spread(values: Mapping[str, float], unit: str = "") -> str:
+def spread(values: Mapping[str, float | int], unit: str = "") -> str:
     """A spread in words: the median, and where nine tenths lie.
 
     >>> spread({"least": 1, "low": 2, "median": 3, "high": 9, "most": 40.5}, "px")
@@ -41,7 +41,7 @@ def spread(values: Mapping[str, float], unit: str = "") -> str:
     return f"{middle}{unit} ({low} to {high}; least {least}, most {most})"
 
 
-def size(number: float) -> str:
+def size(number: float | int) -> str:
     """Bytes for people.
 
     >>> size(999), size(20_500_000)
@@ -156,6 +156,8 @@ def _overlap(overlap: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _done(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
+    if before := report["set_aside_before"]:
+        rows.append(("set aside before", f"{before:,} samples, which count as dealt with"))
     if aside := report.get("set_aside"):
         if aside["samples"]:
             what = f"{aside['samples']:,} samples, listed in {aside['file']}"

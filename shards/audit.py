@@ -118,8 +118,6 @@ def survey(manifest: Manifest) -> Survey:
     has = {name: offsets >= 0 for name, (offsets, _) in manifest.spans.items()}
     none = np.zeros(len(manifest), bool)
     texts = has.get(CAPTION_FIELD, none) | has.get(JSON_FIELD, none)
-    names = {shard.name for shard in manifest.shards}
-    inside = [problem for problem in manifest.problems if problem.shard in names]
     return Survey(
         place=manifest.place,
         fingerprint=manifest.fingerprint,
@@ -130,8 +128,9 @@ def survey(manifest: Manifest) -> Survey:
         fields={name: int(there.sum()) for name, there in has.items()},
         samples_per_shard=Spread.of(np.array([shard.samples for shard in manifest.shards])),
         image_bytes=Spread.of(image_bytes(manifest)[manifest.image_choice >= 0]),
-        problems=tuple(inside),
-        left_out=tuple(problem for problem in manifest.problems if problem.shard not in names),
+        # Shards that were packed here had no damage then; their problems are those of the source.
+        problems=() if manifest.is_packed else manifest.problems,
+        left_out=manifest.problems if manifest.is_packed else (),
         without_image=int((manifest.image_choice < 0).sum()),
         without_text=int((~texts).sum()),
         dotted_keys=_dotted(manifest.keys),
