@@ -40,6 +40,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb(schemas.DemoConfig, "pipelines.demo:run", "train and show all on built-in data"),
     "pack": Verb(schemas.PackConfig, "pipelines.pack:run", "image-text pairs into shards"),
+    "doctor": Verb(schemas.DoctorConfig, "pipelines.doctor:run", "what a training run would meet"),
     "inspect": Verb(
         schemas.InspectConfig, "pipelines.inspect:run", "what is in shards; damage; copies"
     ),

@@ -5,6 +5,7 @@ Nothing here imports torch. `align config VERB` prints these with their comments
 
 from pipelines.schemas.data import PackConfig
 from pipelines.schemas.demo import DEMO_TASKS, DemoConfig
+from pipelines.schemas.doctor import DoctorConfig
 from pipelines.schemas.evaluation import EvaluateConfig, FuseConfig, HeadConfig, TaskConfig
 from pipelines.schemas.inspect import InspectConfig
 from pipelines.schemas.training import ModelConfig, PretrainConfig
@@ -13,6 +14,7 @@ from pipelines.schemas.use import EmbedConfig, IndexConfig, SearchConfig
 __all__ = [
     "DEMO_TASKS",
     "DemoConfig",
+    "DoctorConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FuseConfig",
