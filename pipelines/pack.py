@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -49,10 +50,16 @@ def _source(config: PackConfig) -> Source:
     places = config.source if isinstance(config.source, list) else [config.source]
     if not places:
         raise ValueError("source names nothing")
+    if any(
+        "://" not in place and Path(place).resolve() == config.out.resolve() for place in places
+    ):
+        raise ValueError(f"source and out are both {config.out}; choose another folder for out")
     name = config.format
     if name is None:
         name = find_format(places)
-    source = open_source(
+        more = ", ..." if len(places) > 3 else ""
+        print(f"{', '.join(places[:3])}{more}: taken as format={name}", flush=True)
+    return open_source(
         places,
         format=name,
         image=config.image,
@@ -63,9 +70,6 @@ def _source(config: PackConfig) -> Source:
         merge=config.merge,
         template=config.template,
     )
-    if config.format is None:
-        print(f"{', '.join(places[:3])}: taken as format={name}, {len(source):,} records")
-    return source
 
 
 class _Progress:

@@ -103,14 +103,18 @@ class WorkFolder:
         if plan is not None and other and self._plan() == dict(plan):
             for path in self.folder.glob(".*.partial"):
                 path.unlink()
-            return sum(1 for _ in self.folder.glob("[0-9]*.json"))
+            return self.done()
         if other:
-            kept = None if any(self.folder.glob("[0-9]*.json")) else 0
+            kept = None if self.done() else 0
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         if plan is not None:
             self.write(_PLAN, _json(dict(plan)))
         return kept
+
+    def done(self) -> int:
+        """How many finished shards there are."""
+        return sum(1 for _ in self.folder.glob("[0-9]*.json"))
 
     def shard(self, number: int) -> Path:
         """Where a shard is written."""

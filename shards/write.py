@@ -97,7 +97,10 @@ def pack(
         if kept is None:
             tell(f"{out}: what was begun here was another source or other options; starting anew")
         elif kept:
-            tell(f"{out}: going on with the pack that was cut off, {kept} shards are done")
+            every = -(-int((plan or {})["records"]) // samples_per_shard)
+            tell(
+                f"{out}: going on with the pack that was cut off, {kept} of {every} shards are done"
+            )
         threads = workers if isinstance(records, Sequence) else 0
         with _Progress(records, progress) as done:
             writer = ShardWriter(work, rules, done.add)
@@ -113,7 +116,7 @@ def pack(
                 moves = packed.beside(manifest, sidecars, work)
                 work.move_in(moves, old)
             except OSError as error:
-                raise _explained(error, out, len(packed.shards)) from None
+                raise _explained(error, out, work.done()) from None
     return manifest
 
 

@@ -39,7 +39,7 @@ def test_a_folder_is_packed_and_told(folder, tmp_path, capsys):
     fingerprint = Manifest.load(tmp_path / "out").fingerprint[:12]
     assert (code, err) == (0, [])
     assert out == [
-        f"{folder}: taken as format=folder, 5 records",
+        f"{folder}: taken as format=folder",
         f"left out: {folder}, sample '3': undecodable image (not a picture of a known format)",
         f"{tmp_path / 'out'}: 4 samples in 3 shards, 1 left out, fingerprint {fingerprint}",
     ]
@@ -51,7 +51,7 @@ def test_a_class_folder_is_told_for_one(tmp_path, capsys):
         (tmp_path / "in" / name / "1.png").write_bytes(picture(1))
     code, out, _ = align(capsys, tmp_path / "in", tmp_path / "out", "template=one {}")
     assert code == 0
-    assert out[0] == f"{tmp_path / 'in'}: taken as format=classes, 2 records"
+    assert out[0] == f"{tmp_path / 'in'}: taken as format=classes"
     assert Manifest.load(tmp_path / "out").fields == ("cls", "json", "png", "txt")
 
 
@@ -62,7 +62,7 @@ def test_tables_take_a_list_and_columns(folder, tmp_path, capsys):
     arguments = [f"source=[{folder}/a.csv, {folder}/b.csv]", f"out={tmp_path / 'out'}"]
     code, out, _ = align(capsys, *arguments, "image=filepath", "caption=title")
     assert code == 0
-    assert out[0].endswith("taken as format=csv, 3 records")
+    assert out[0].endswith("taken as format=csv")
     assert Manifest.load(tmp_path / "out").keys.to_pylist() == ["0", "1", "2"]
 
 
@@ -103,7 +103,7 @@ def test_a_pack_that_was_cut_off_is_told_to_go_on(folder, tmp_path, capsys, monk
     assert (code, err) == (130, ["align pack: interrupted"])
     code, said, _ = align(capsys, folder, out, "samples_per_shard=2")
     assert code == 0
-    assert f"{out}: going on with the pack that was cut off, 1 shards are done" in said
+    assert f"{out}: going on with the pack that was cut off, 1 of 3 shards are done" in said
     code, _, err = align(capsys, folder, out, "samples_per_shard=2")
     assert (code, len(err)) == (2, 1)
     assert "holds a data set; choose another folder, or set overwrite" in err[0]
@@ -137,12 +137,14 @@ def test_piped_output_has_lines_of_progress(monkeypatch, capsys):
         (["{tmp}/tables/t.parquet", "image=picture"], "no column 'caption'; .*; set caption"),
         (["{tmp}/tables/t.parquet", "format=coco"], "is not JSON"),
         (["[{folder}, {folder}]", "format=folder"], "takes one source, not 2"),
+        (["{tmp}/out"], "source and out are both .*/out; choose another folder for out"),
         (["{tmp}/bare"], "all 1 are bad; the first: .*: no caption"),
         (["{tmp}/twice"], "the key 'a' comes twice; choose a key"),
     ],
 )
 def test_mistakes_are_told_in_a_line(folder, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
     (tmp_path / "tables").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "twice").mkdir()

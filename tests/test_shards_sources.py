@@ -589,3 +589,27 @@ def test_pictures_in_parquet_are_read_by_row_group(tmp_path, monkeypatch):
     pq.write_table(table, path, row_group_size=3)
     source = ParquetSource(path)
     assert [source[n].image for n in (9, 0, 4, 4, 2, 8)] == [images[n] for n in (9, 0, 4, 4, 2, 8)]
+
+
+def test_a_damaged_row_group_costs_its_rows_only(tmp_path):
+    path = tmp_path / "t.parquet"
+    images = [picture(n, side=40) for n in range(9)]
+    table = pa.table({"image": images, "caption": ["x"] * 9})
+    pq.write_table(table, path, row_group_size=3, compression="zstd", use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data, at = path.read_bytes(), column.data_page_offset + column.total_compressed_size - 60
+    path.write_bytes(data[:at] + b"\xff" * 40 + data[at + 40 :])
+    manifest = pack(ParquetSource(path), tmp_path / "out")
+    assert [one.key for one in manifest.problems] == ["t-3", "t-4", "t-5"]
+    assert {one.reason for one in manifest.problems} == {Reason.UNREADABLE}
+    assert len(manifest) == 6
+
+
+def test_members_that_cannot_come_along_are_told(tmp_path):
+    members = {"a.png": picture(1), "a.txt": b"x", "a.cls": b"1", f"a.{'long' * 9}": b"2"}
+    write_tar(tmp_path / "0.tar", members)
+    manifest = pack(ShardSource(tmp_path), tmp_path / "out")
+    assert manifest.fields == ("cls", "png", "txt")
+    assert [str(problem) for problem in manifest.problems] == [
+        f"{tmp_path}: unsafe member name (members '{'long' * 9}' stay behind)"
+    ]

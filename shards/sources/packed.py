@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from shards.captions import CaptionRule
-from shards.damage import BadSample, Reason
+from shards.damage import BadSample, Problem, Reason
 from shards.decode import Limits, decode_fields
 from shards.manifest import CAPTION_FIELD, IMAGE_FIELDS, JSON_FIELD, Manifest
 from shards.read import ShardReader
 from shards.sources.record import Record, Source, identity, keeps, offers, safe_key, template_key
 
-_SIDE_MEMBER_BYTES = 1 << 20
 # Together with the longest key these fit the 100 bytes of a tar header.
 _FIT_FIELD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,17}")
 
@@ -23,7 +22,7 @@ class ShardSource(Source):
     """The samples of a data set in shards as records, for example to mix them or resize them.
 
     Keys stay as they are where they are fit (see `safe_key`), JSON fields too, and so do further
-    members up to 1 MiB, such as `cls`. What was bad in the shards is told again, as `problems`.
+    members, such as `cls`. What was bad in the shards is told again, as `problems`.
 
     Args:
         place: A folder, a shard, a pattern such as `pairs/{000..031}.tar`, or a URL of one of them;
@@ -52,18 +51,21 @@ class ShardSource(Source):
         self._reader = ShardReader(manifest)
         self._rule = CaptionRule(() if caption is None else (caption,))
         self._key = key
-        self._side = [
-            name
-            for name in manifest.fields
-            if name not in {*IMAGE_FIELDS, CAPTION_FIELD, JSON_FIELD} and _FIT_FIELD.fullmatch(name)
-        ]
+        known = {*IMAGE_FIELDS, CAPTION_FIELD, JSON_FIELD}
+        side = [name for name in manifest.fields if name not in known]
+        self._side = [name for name in side if _FIT_FIELD.fullmatch(name)]
         self._ids = np.arange(len(manifest))
         if where:
             self._ids = self._ids[[keeps(where, self._fields(i)) for i in range(len(manifest))]]
             if not len(self._ids):
                 there = offers(where, map(self._fields, range(min(len(manifest), 10_000))))
                 raise ValueError(f"where={where} leaves no sample of {manifest.place}; {there}")
-        self.problems = manifest.problems
+        unfit = (
+            Problem(manifest.place, "", Reason.UNSAFE_NAME, f"members {name!r} stay behind")
+            for name in side
+            if name not in self._side
+        )
+        self.problems = (*manifest.problems, *unfit)
         options = {"caption": caption, "key": key, "where": where, "data": manifest.fingerprint}
         self.identity = identity("shards", options, [])
 
@@ -92,17 +94,14 @@ class ShardSource(Source):
             if choice < 0:
                 raise BadSample(Reason.NO_IMAGE, f"none of {', '.join(IMAGE_FIELDS)}")
             image = manifest.image_fields[choice]
-            side = [
-                one for one in self._side if manifest.spans[one][1][sample] <= _SIDE_MEMBER_BYTES
-            ]
-            members = self._reader.read(sample, [image, CAPTION_FIELD, JSON_FIELD, *side])
+            members = self._reader.read(sample, [image, CAPTION_FIELD, JSON_FIELD, *self._side])
             captions, fields = self._rule.read(members, Limits())
         except BadSample as fault:
             return Record(key, b"", None, origin=origin, fault=fault)
         if self._key is not None:
             named = {**fields, "__key__": name, "__shard__": Path(shard).stem, "__index__": sample}
             key = template_key(self._key, named)
-        kept = {one: members[one] for one in side if one in members}
+        kept = {one: members[one] for one in self._side if one in members}
         several = captions if len(captions) > 1 else ()
         return Record(
             key, members[image], captions[0], fields, origin, captions=several, members=kept

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.damage import BadSample, Reason
 from shards.sources.rows import ArrowRows, Rows
 from shards.sources.tables import TableSource
 
@@ -48,7 +49,13 @@ class ParquetSource(TableSource):
     def _picture(self, table: int, row: int, value: Any) -> bytes:
         rows = self._tables[table]
         assert isinstance(rows, _ParquetRows)
-        return rows.picture(row) if rows.holds_pictures else super()._picture(table, row, value)
+        if not rows.holds_pictures:
+            return super()._picture(table, row, value)
+        try:
+            return rows.picture(row)
+        except (pa.ArrowException, OSError) as error:
+            line = str(error).splitlines()[0]
+            raise BadSample(Reason.UNREADABLE, f"row {rows.numbers[row]}: {line}"[:200]) from None
 
 
 class _ParquetRows(ArrowRows):

@@ -151,11 +151,14 @@ class TableSource(Source):
         groups: dict[str | int, int] = {}
         of_row = np.zeros(len(places), np.int64)
         names: list[str] = []
+        folders = [str(self._root or rows.path.parent) for rows in self._tables]
         every = [name for one in named if one is not None for name in one]
         for number, ((table, row), name) in enumerate(zip(places.tolist(), every, strict=True)):
             rows = self._tables[table]
             # A row without a picture stands alone: it will be told as bad.
-            picture = number if name is None else str(self._place(rows, name))
+            picture = number
+            if name is not None:
+                picture = name if name.startswith("/") else f"{folders[table]}/{name}"
             if picture not in groups:
                 groups[picture] = len(groups)
                 names.append(name or f"{rows.path.stem}-{rows.numbers[row]}")
