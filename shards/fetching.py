@@ -25,8 +25,8 @@ Key = tuple[str, int]
 Result = TypeVar("Result")
 
 _LONGEST_PAUSE_S = 30.0
-# A place that is down may stay silent for this share of the time limit.
-_LITTLE_PATIENCE = 0.25
+# For what share of the time limit a place may stay silent, and one that is down.
+_PATIENCE, _LITTLE_PATIENCE = 1 / 3, 1 / 12
 # How long what failed is not asked for again: the other samples of a block fail with the first.
 _FAILED_S = 60.0
 _MAX_WAITING = 64
@@ -68,7 +68,7 @@ class Insistence:
             reraise=True,
         )
         try:
-            result = again(request, _LITTLE_PATIENCE if down else 1.0)
+            result = again(request, _LITTLE_PATIENCE if down else _PATIENCE)
         except OSError as error:
             # A refusal is an answer too.
             self._is_down = isinstance(error, TroubleError)

@@ -24,6 +24,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, *, max_bytes: int = 64 << 20) -> None:
         self.manifest = manifest
         self._max_bytes = max_bytes
+        self._is_stopped = False
         for number, storage in enumerate(manifest.storages):
             shards = (shard for shard in manifest.shards if shard.source == number)
             storage.expect({shard.name: (shard.bytes, shard.sha256) for shard in shards})
@@ -38,6 +39,8 @@ class ShardReader:
         Raises:
             BadSample: If a member is too large, or the shard is gone, too short or unreadable.
         """
+        if self._is_stopped:
+            raise BadSample(Reason.UNREADABLE, "reading was stopped")
         spans: dict[str, tuple[int, int]] = {}
         for name in fields:
             if name in self.manifest.spans:
@@ -91,7 +94,17 @@ class ShardReader:
             storage = self.manifest.storages[shard.source]
             storage.ahead(shard.name, int(start), int(end - start))
 
+    def stop(self) -> None:
+        """Makes reads under way and all later ones fail at once, until `close`.
+
+        For who wants to end threads that read, and not wait for a server that does not answer.
+        """
+        self._is_stopped = True
+        for storage in self.manifest.storages:
+            storage.close()
+
     def close(self) -> None:
         """Closes the shards; a later read opens them again."""
+        self._is_stopped = False
         for storage in self.manifest.storages:
             storage.close()

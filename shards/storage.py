@@ -49,7 +49,7 @@ class Reading:
     """How remote and compressed shards are read.
 
     Attributes:
-        timeout_s: Time limit of one request.
+        timeout_s: Time limit of one request; a web server may be silent for a third of it.
         tries: How often a request is made that fails in a way which may pass.
         wait_s: Pause before the second try; it doubles each time, up to half a minute.
         block_bytes: How much is asked for at a time.

@@ -174,7 +174,7 @@ class Transport:
         try:
             return getattr(self._fs, method)(*arguments, **options)
         except Exception as error:
-            raise _verdict(error, self.timeout_s) from None
+            raise _verdict(error) from None
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         if self._is_closed:
@@ -185,7 +185,7 @@ class Transport:
         except CancelledError:
             raise TroubleError("closed") from None
         except Exception as error:
-            raise _verdict(error, self.timeout_s) from None
+            raise _verdict(error) from None
 
     def _wait(self, work: Coroutine[Any, Any, Result], limit_s: float) -> Result:
         future = asyncio.run_coroutine_threadsafe(work, self._fs.loop)
@@ -259,7 +259,7 @@ def _of_status(status: int, reason: str) -> OSError:
     return TroubleError(line) if status in _MAY_PASS or status >= 500 else RefusedError(line)
 
 
-def _verdict(error: Exception, timeout_s: float) -> OSError:
+def _verdict(error: Exception) -> OSError:
     """Which kind of failure an error of any library is."""
     if isinstance(error, TroubleError | RefusedError | FileNotFoundError):
         return error
@@ -270,7 +270,7 @@ def _verdict(error: Exception, timeout_s: float) -> OSError:
     if isinstance(error, aiohttp.ClientPayloadError):
         return TroubleError("the answer broke off")
     if isinstance(error, TimeoutError):
-        return TroubleError(f"no answer within {timeout_s:g} s")
+        return TroubleError("no answer in time")
     line = next(iter(str(error).splitlines()), "")
     text = f"{type(error).__name__}: {line}" if line else type(error).__name__
     wrong = (PermissionError, ValueError, TypeError, NotImplementedError, IsADirectoryError)

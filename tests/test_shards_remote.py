@@ -21,6 +21,7 @@ from shards_corpus import write_set
 from shards.damage import BadSample, DamageTally, Reason, TooMuchDamageError
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
+from shards.read import ShardReader
 from shards.storage import Reading, Storage, storage_of
 
 SIZES = [50, 40, 60]
@@ -62,7 +63,7 @@ def batches(place: Path | str | Manifest, *, workers: int = 0) -> list[tuple[byt
     ) as loader:
         return [
             (batch.images.numpy().tobytes(), batch.captions)
-            for batch, _ in zip(loader, range(12), strict=False)
+            for batch, _ in zip(loader, range(8), strict=False)
         ]
 
 
@@ -189,7 +190,7 @@ def test_trouble_that_passes_is_not_seen(folder, site, fault):
         ("drop", 3, "the answer broke off"),
         ("short", 3, "bytes came"),
         ("gone", 3, "Server disconnected"),
-        ("stall", 3, "no answer within 0.4 s"),
+        ("stall", 3, "no answer in time"),
         ("403", 1, "HTTP 403 Forbidden"),
         ("shifted", 1, "other bytes than it was asked for"),
         ("404", 1, ""),
@@ -348,6 +349,24 @@ def test_closing_ends_what_is_under_way(folder, site):
     assert storage.read("000.tar", 0, 10) == (folder / "000.tar").read_bytes()[:10]
 
 
+def test_a_reader_that_is_stopped_waits_for_nothing(folder, site):
+    reader = ShardReader(elsewhere(Manifest.open(folder), at(site, quick(timeout_s=300.0))))
+    site.break_down("stall")
+    with ThreadPoolExecutor(2) as pool:
+        under_way = [pool.submit(reader.read, sample, ("txt",)) for sample in (0, 60)]
+        while len(site.log) < 2:
+            time.sleep(0.01)
+        reader.stop()
+        for read in under_way:
+            with pytest.raises(BadSample):
+                read.result(timeout=30)
+    with pytest.raises(BadSample, match="stopped"):
+        reader.read(1, ("txt",))
+    reader.close()
+    site.break_down("")
+    assert reader.read(1, ("txt",)) == {"txt": b"caption 1"}
+
+
 def test_threads_end_when_there_is_nothing_to_do(folder, site):
     storage = at(site)
     before = {thread.name for thread in threading.enumerate()}
@@ -435,7 +454,7 @@ def test_an_object_store_that_stalls_is_a_bad_sample(folder, site, monkeypatch):
     storage = storage_of("s3://pairs/train", reading=quick(tries=2))
     site.break_down("stall")
     begin = time.monotonic()
-    with pytest.raises(BadSample, match=r"no answer within 0\.4 s"):
+    with pytest.raises(BadSample, match="no answer in time"):
         storage.read("000.tar", 0, 10)
     assert time.monotonic() - begin < 30, "botocore alone would take minutes"
     storage.close()

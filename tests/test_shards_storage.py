@@ -44,7 +44,7 @@ def pack_all(folder: Path, suffix: str, into: Path) -> Path:
     return into
 
 
-def batches(place: Path | str | Manifest, count: int = 9) -> list[tuple[bytes, list[str]]]:
+def batches(place: Path | str | Manifest, count: int = 5) -> list[tuple[bytes, list[str]]]:
     with ShardLoader(place, batch_size=20, image_size=8, lanes=4, window=16) as loader:
         return [(next(loader).images.numpy().tobytes(), next(loader).keys) for _ in range(count)]
 
