@@ -285,6 +285,7 @@ def _fitted(
 ) -> UInt8[Tensor, "channels {size} {size}"]:
     """One part of a picture, resized to a square."""
     part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    assert part.shape[:2] == (box.height, box.width), f"{box} leaves the picture"
     # Torch's kernel is quickest on pixels that lie densely, channel by channel.
     dense = torch.from_numpy(np.require(part, requirements=("C", "W")))
     image = dense[None].permute(0, 3, 1, 2)

@@ -1,9 +1,9 @@
 """torchvision's decoders for plain pictures, watched against Pillow's.
 
 They give the same pixels in about two thirds of the time, as they write RGB where Pillow keeps four
-bytes a pixel. Only what is plain is handed to them: JPEG in gray or RGB, and still WebP. They are
-never the judge: what they refuse, Pillow decodes or names the reason. PNG is Pillow's alone, as
-torchvision 0.29 ends the whole process on some damaged ones.
+bytes a pixel. Only what is plain is handed to them: JPEG in gray or RGB, and WebP that is nothing
+but one picture. They are never the judge: what they refuse, Pillow decodes or names the reason. PNG
+is Pillow's alone, as torchvision 0.29 ends the whole process on some damaged ones.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ _OPERATORS = {
     "MPO": "decode_jpeg",  # a JPEG with further ones behind it
     "WEBP": "decode_webp",
 }
+_PLAIN_WEBP = (b"VP8 ", b"VP8L")
 _RGB, _RGB_ALPHA = 3, 4  # values of torchvision.io.ImageReadMode
 
 LARGEST_DIFFERENCE, MEAN_DIFFERENCE = 3, 0.25
@@ -74,7 +75,7 @@ class NativeDecoders:
             Exception: Whatever `pillow` raises.
         """
         kind = opened.format or ""
-        mode = _plain_mode(opened) if kind in self._operators else None
+        mode = _plain_mode(data, opened) if kind in self._operators else None
         if mode is None:
             return pillow()
         try:
@@ -125,10 +126,10 @@ NATIVE = NativeDecoders()
 """The decoders of this process."""
 
 
-def _plain_mode(opened: Image.Image) -> int | None:
+def _plain_mode(data: bytes, opened: Image.Image) -> int | None:
     """How a plain picture is to be read; None for all others."""
-    if opened.format == "WEBP" and getattr(opened, "is_animated", False):
-        return None
+    if opened.format == "WEBP" and data[12:16] not in _PLAIN_WEBP:
+        return None  # frames, metadata: torchvision skips damage in these that Pillow minds
     return {"RGB": _RGB, "L": _RGB, "RGBA": _RGB_ALPHA}.get(opened.mode)
 
 
