@@ -58,7 +58,7 @@ def _source(config: PackConfig) -> Source:
     if name is None:
         name = find_format(places)
         more = ", ..." if len(places) > 3 else ""
-        print(f"{', '.join(places[:3])}{more}: taken as format={name}", flush=True)
+        print(_printable(f"{', '.join(places[:3])}{more}: taken as format={name}"), flush=True)
     return open_source(
         places,
         format=name,
@@ -102,7 +102,7 @@ class _Progress:
 def _say(manifest: Manifest, config: PackConfig) -> None:
     problems: tuple[Problem, ...] = manifest.problems
     for problem in problems[:_SHOWN_PROBLEMS]:
-        print(f"left out: {problem}")
+        print(f"left out: {_printable(str(problem))}")
     if len(problems) > _SHOWN_PROBLEMS:
         more = len(problems) - _SHOWN_PROBLEMS
         print(f"left out: {more:,} more, listed in {config.out}/manifest.json")
@@ -112,6 +112,11 @@ def _say(manifest: Manifest, config: PackConfig) -> None:
         f"{config.out}: {len(manifest):,} samples in {shards}{left_out}, "
         f"fingerprint {manifest.fingerprint[:12]}"
     )
+
+
+def _printable(text: str) -> str:
+    """A text that fits a terminal's line: names of files may hold anything."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from shards.decode import Limits, decode_caption, decode_fields
 from shards.manifest import CAPTION_FIELD, JSON_FIELD
 from shards.recode import Recode, Recoded, recode
 from shards.sources import MAX_KEY, Record
+from shards.sources.record import plain
 from shards.tar import TarContent, read_tar
 from shards.work import WorkFolder
 
@@ -205,13 +206,13 @@ def _row(record: Record, picture: Recoded | None, bad: BadSample | None) -> dict
     """What img2dataset would note of a record."""
     width, height = picture.size if picture else (None, None)
     original_width, original_height = picture.original if picture else (None, None)
-    caption = record.texts[0] if record.texts else None
+    file = record.fields.get("file")
     return {
-        "url": record.fields.get("file") or record.origin,
-        "caption": None if caption is None else caption.encode("utf-8", "replace").decode(),
+        "url": plain(file if isinstance(file, str) else record.origin),
+        "caption": plain(record.texts[0]) if record.texts else None,
         "key": record.key,
         "status": "failed_to_resize" if bad else "success",
-        "error_message": str(bad) if bad else None,
+        "error_message": plain(str(bad)) if bad else None,
         "width": width,
         "height": height,
         "original_width": original_width,

@@ -45,6 +45,14 @@ def test_a_folder_is_packed_and_told(folder, tmp_path, capsys):
     ]
 
 
+def test_a_name_with_line_breaks_stays_in_its_line(folder, tmp_path, capsys):
+    (folder / "a\nb\x1b[1m\udcff.png").write_bytes(b"broken")
+    code, out, _ = align(capsys, folder, tmp_path / "out")
+    assert (code, len(out)) == (0, 3)
+    assert "left out" in out[1]
+    assert out[1].isprintable()
+
+
 def test_a_class_folder_is_told_for_one(tmp_path, capsys):
     for name in ("red_fox", "owl"):
         (tmp_path / "in" / name).mkdir(parents=True)

@@ -613,3 +613,35 @@ def test_members_that_cannot_come_along_are_told(tmp_path):
     assert [str(problem) for problem in manifest.problems] == [
         f"{tmp_path}: unsafe member name (members '{'long' * 9}' stay behind)"
     ]
+
+
+def test_names_that_are_no_text_are_packed(tmp_path):
+    folder = pictures(tmp_path / "in")
+    odd = os.fsencode(folder) + b"/caf\xe9\n"
+    Path(os.fsdecode(odd + b".png")).write_bytes(picture(9))
+    Path(os.fsdecode(odd + b".txt")).write_bytes(b"odd")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    manifest = pack(FolderSource(folder), tmp_path / "out", sidecars=["img2dataset"])
+    assert len(manifest) == 1
+    reader = ShardReader(manifest)
+    assert json.loads(reader.read(0, ["json"])["json"]) == {"file": "caf\ufffd\n.png"}
+    reader.close()
+    reasons = {one.key: one.reason for one in manifest.problems}
+    assert reasons.pop("gone") == Reason.UNREADABLE
+    assert set(reasons.values()) == {Reason.NO_CAPTION}
+    rows = pq.read_table(tmp_path / "out" / "000000.parquet").to_pylist()
+    assert len(rows) == 6
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
+    pictures(tmp_path / "inner")
+    scan = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(PermissionError, match="inner"):
+        FolderSource(tmp_path)

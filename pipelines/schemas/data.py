@@ -10,10 +10,7 @@ from pipelines.schemas.values import WHERE, NonNegativeInt, Place, Where
 
 
 class PackConfig(Config):
-    """Image-text pairs into WebDataset shards with a manifest.
-
-    A pack that was cut off goes on with the same command; finished shards are kept.
-    """
+    """Image-text pairs into WebDataset shards with a manifest; what was cut off goes on."""
 
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
     must_exist: ClassVar[tuple[str, ...]] = ("source", "root")

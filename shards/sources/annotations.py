@@ -15,7 +15,7 @@ from shards.sources.record import (
     keeps,
     offers,
     picture_keys,
-    read_picture,
+    read_file,
 )
 
 _FIRST_LOOKED_FOR = 20
@@ -104,7 +104,7 @@ class AnnotationSource(Source):
         """A picture with all its captions."""
         one, key, origin = self._pictures[index], self._keys[index], self._path.name
         try:
-            image = read_picture(self._root / one.file)
+            image = read_file(self._root / one.file)
         except BadSample as fault:
             return Record(key, b"", None, origin=origin, fault=fault)
         fields = {**one.fields, "file": one.file}

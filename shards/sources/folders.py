@@ -13,7 +13,8 @@ from shards.sources.record import (
     Source,
     identity,
     picture_keys,
-    read_picture,
+    plain,
+    read_file,
 )
 
 
@@ -70,16 +71,13 @@ class FolderSource(Source):
             text = path.with_suffix(".txt")
             if text.is_file():
                 # Bytes that are not UTF-8 survive as surrogates, to be found and told in packing.
-                caption = text.read_text("utf-8", "surrogateescape")
-            image = read_picture(path)
+                caption = read_file(text).decode("utf-8", "surrogateescape")
+            image = read_file(path)
         except BadSample as fault:
-            return Record(key, b"", None, origin=origin, fault=fault)
-        except OSError as error:
-            fault = BadSample(Reason.UNREADABLE, f"{error.filename}: {error.strerror}")
             return Record(key, b"", None, origin=origin, fault=fault)
         texts = [one for one in several if isinstance(one, str)]
         caption = caption if isinstance(caption, str) else None
-        return Record(key, image, caption, {**fields, "file": name}, origin, captions=texts)
+        return Record(key, image, caption, {**fields, "file": plain(name)}, origin, captions=texts)
 
 
 class ClassSource(Source):
@@ -140,14 +138,14 @@ class ClassSource(Source):
         label = self._class(path)
         origin = str(self._folder)
         try:
-            image = read_picture(path)
+            image = read_file(path)
         except BadSample as fault:
             return Record(key, b"", None, origin=origin, fault=fault)
         return Record(
             key,
             image,
             self._template.replace("{}", label.replace("_", " ")),
-            {"class": label, "file": name},
+            {"class": plain(label), "file": plain(name)},
             origin,
             members={"cls": str(self._numbers[label]).encode()},
         )
@@ -161,11 +159,15 @@ def _files_below(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; name the folder of the pictures")
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(parent, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.is_file()]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
     yield from sorted(found)
+
+
+def _fail(error: OSError) -> None:
+    """A folder that cannot be looked into ends the walk: its pictures would be missing."""
+    raise error
 
 
 def _instead(names: list[str]) -> str:
@@ -179,7 +181,7 @@ def _json_beside(path: Path) -> dict[str, Any]:
     if not beside.is_file():
         return {}
     try:
-        fields = json.loads(beside.read_bytes())
+        fields = json.loads(read_file(beside))
     except (ValueError, RecursionError) as error:
         raise BadSample(Reason.BAD_JSON, f"{beside.name}: {error}") from None
     if not isinstance(fields, dict):

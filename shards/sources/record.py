@@ -8,6 +8,7 @@ import stat
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -22,7 +23,7 @@ PICTURES = (".webp", ".jpg", ".jpeg", ".png", ".gif", ".bmp")
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 # No picture is larger; a path in a table may name anything, a disk image or an endless device.
-_MAX_PICTURE_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ def _stem(name: str) -> str:
     return stem if dot and f".{ending.lower()}" in PICTURES else name
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a picture file.
+def read_file(path: Path) -> bytes:
+    """The bytes of a picture, or of a text beside one.
 
     Raises:
-        BadSample: If there is none, or it cannot be one.
+        BadSample: If there is no such file, or it is too large for either.
     """
     try:
         # Not blocking: a path may name a pipe that nobody writes to.
@@ -154,12 +155,17 @@ def read_picture(path: Path) -> bytes:
             facts = os.fstat(stream.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise BadSample(Reason.UNREADABLE, f"{path} is no file")
-            if facts.st_size > _MAX_PICTURE_BYTES:
+            if facts.st_size > _MAX_BYTES:
                 raise BadSample(Reason.TOO_MANY_BYTES, f"{facts.st_size} bytes")
             return stream.read()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a path
         cause = error.strerror if isinstance(error, OSError) else error
         raise BadSample(Reason.UNREADABLE, f"{path}: {cause}") from None
+
+
+def plain(text: str) -> str:
+    """A text without the surrogates that stand for bytes that are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def keeps(where: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
@@ -189,7 +195,9 @@ def identity(kind: str, options: Mapping[str, Any], files: Iterable[Path]) -> st
     """Names a source: its format, its options, and name, size and time of each of its files."""
     digest = hashlib.sha256(json.dumps([kind, options], default=str, sort_keys=True).encode())
     for path in files:
-        facts = path.stat()
-        line = f"\0{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}"
+        line = f"\0{path.absolute()}"
+        with suppress(OSError):  # a link that leads nowhere is told when it is read
+            facts = path.stat()
+            line += f"\0{facts.st_size}\0{facts.st_mtime_ns}"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from shards.sources.record import (
     Source,
     identity,
     picture_keys,
-    read_picture,
+    read_file,
     safe_key,
     template_key,
 )
@@ -196,7 +196,7 @@ class TableSource(Source):
         del row
         if not isinstance(value, str) or not value.strip():
             raise BadSample(Reason.NO_IMAGE, f"column {self._image!r} is empty")
-        return read_picture(self._place(self._tables[table], value.strip()))
+        return read_file(self._place(self._tables[table], value.strip()))
 
     def _fields(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
