@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from http_server import serving
 from shards_corpus import picture, write_tar
 
 from shards.captions import CaptionRule
 from shards.damage import Reason
 from shards.decode import Limits
+from shards.loader import iterate
 from shards.manifest import Manifest
 from shards.read import ShardReader
 from shards.sources import (
@@ -645,3 +647,38 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuses)
     with pytest.raises(PermissionError, match="inner"):
         FolderSource(tmp_path)
+
+
+def test_remote_shards_are_packed_as_local_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(as_shards(tmp_path / "in")[0][0])
+    local = pack(ShardSource(folder, caption="json.texts"), tmp_path / "a", workers=2)
+    with serving(folder) as site:
+        places = [f"{site.url}/{{0..1}}.tar"]
+        assert find_format(places) == "shards"
+        source = open_source(places, format="shards", caption="json.texts")
+        remote = pack(source, tmp_path / "b", workers=2)
+    assert remote.fingerprint == local.fingerprint
+    assert packed(tmp_path / "a") == packed(tmp_path / "b")
+
+
+def test_foreign_layouts_are_read_without_packing(tmp_path):
+    """Shards as img2dataset and CLIP_benchmark lay them out go straight into batches."""
+    laion: dict[str, bytes] = {}
+    bench: dict[str, bytes] = {}
+    for n in range(4):
+        key = f"{n:09d}"
+        laion[f"{key}.jpg"] = picture(n, side=16, form="JPEG")
+        laion[f"{key}.json"] = json.dumps({"caption": f"cat {n}", "key": key}).encode()
+        laion[f"{key}.txt"] = f"cat {n}".encode()
+        bench[f"s{n:07d}.cls"] = b"1"
+        bench[f"s{n:07d}.txt"] = f"first {n}\nsecond {n}".encode()
+        bench[f"s{n:07d}.webp"] = picture(n, form="WEBP")
+    put(tmp_path / "laion", {"00000_stats.json": "{}", "00000.parquet": b""})
+    put(tmp_path / "bench", {"nshards.txt": "1"})
+    write_tar(tmp_path / "laion" / "00000.tar", laion)
+    write_tar(tmp_path / "bench" / "0.tar", bench)
+    (batch,) = iterate(tmp_path / "laion", batch_size=4, image_size=8)
+    assert batch.captions == [f"cat {n}" for n in range(4)]
+    (batch,) = iterate(tmp_path / "bench", batch_size=4, image_size=8)
+    assert batch.captions == [f"first {n}\nsecond {n}" for n in range(4)]
