@@ -45,7 +45,7 @@ class NativeDecoders:
         checks: Pictures of each format that are compared.
 
     Attributes:
-        states: What decodes each format met so far, and why: for reports.
+        states: What decodes the formats that were compared or given up, and why: for reports.
     """
 
     def __init__(self, *, checks: int = 8) -> None:
@@ -54,8 +54,10 @@ class NativeDecoders:
         self._left = dict.fromkeys(_OPERATORS, checks)
         self._operators: dict[str, Callable[..., torch.Tensor]] = {}
         for kind, name in _OPERATORS.items():
-            with contextlib.suppress(AttributeError):
+            try:
                 self._operators[kind] = getattr(torch.ops.image, name)
+            except AttributeError:
+                self.states[kind] = "Pillow, as torchvision has no decoder"
 
     def decode(
         self,
@@ -75,26 +77,25 @@ class NativeDecoders:
             Exception: Whatever `pillow` raises.
         """
         kind = opened.format or ""
-        mode = _plain_mode(data, opened) if kind in self._operators else None
-        if mode is None:
+        operator = self._operators.get(kind)
+        mode = _plain_mode(data, opened)
+        if operator is None or mode is None:
             return pillow()
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        upright = () if kind == "WEBP" else (False,)
         try:
-            found = self._run(kind, data, mode)
+            found = operator(encoded, mode, *upright).permute(1, 2, 0).numpy()
         except RuntimeError:
             return pillow()
         if found.shape[:2] != (opened.height, opened.width):
             return pillow()
+        if mode == _RGB_ALPHA:
+            found = _on_white(found)
         if not self._left[kind]:
             return found
         expected = pillow()
         self._compare(kind, found, expected)
         return expected
-
-    def _run(self, kind: str, data: bytes, mode: int) -> UInt8[ndarray, "height width 3"]:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        upright = () if kind == "WEBP" else (False,)
-        pixels = self._operators[kind](encoded, mode, *upright).permute(1, 2, 0).numpy()
-        return pixels if mode == _RGB else _on_white(pixels)
 
     def _compare(
         self,

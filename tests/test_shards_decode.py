@@ -419,7 +419,9 @@ def test_a_decoder_that_differs_from_pillow_is_given_up(change):
 
 def test_without_torchvisions_decoders_pillow_does_everything(monkeypatch):
     monkeypatch.setattr(native, "_OPERATORS", {"JPEG": "no_such_operator"})
-    monkeypatch.setattr(decode, "NATIVE", native.NativeDecoders())
+    decoders = native.NativeDecoders()
+    monkeypatch.setattr(decode, "NATIVE", decoders)
+    assert decoders.states == {"JPEG": "Pillow, as torchvision has no decoder"}
     data = KINDS["jpeg"]()
     assert (
         decode_square(data, 72).permute(1, 2, 0).numpy() == fit_square(decode_image(data), 72)
