@@ -7,6 +7,7 @@ again.
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.inspect_text import lines
 from pipelines.schemas import InspectConfig
 from shards.audit import Mismatch, Spread, Survey, changed_shards, mismatches, survey
 from shards.captions import CaptionRule
+from shards.damage import Reason
 from shards.examine import captions_of, draw
 from shards.manifest import QUARANTINE_FILE, Manifest
 from shards.repair import MendedSource
@@ -30,6 +32,7 @@ from shards.write import pack
 FOUND = 3
 """Exit code where something was found that nobody has dealt with yet."""
 
+_PASSING = (Reason.UNREADABLE, Reason.SHARD_MISSING)
 _LISTED = 1000
 _CONTEXT = 77
 _FREQUENT = 12
@@ -43,6 +46,8 @@ def run(config: InspectConfig) -> int:
 
 
 def _run(config: InspectConfig, out: Path) -> int:
+    if sys.stderr.isatty():
+        print(f"reading the headers of {config.data}", file=sys.stderr)
     manifest = Manifest.open(config.data, quarantine=False)
     run_folder.record(out, config)
     about, disagree = survey(manifest), mismatches(manifest)
@@ -137,8 +142,16 @@ def _set_aside_before(data: str, manifest: Manifest) -> tuple[set[tuple[str, str
 def _set_aside(
     manifest: Manifest, seen: Seen, before: set[tuple[str, str]]
 ) -> dict[str, Any] | None:
-    """Sets aside what is bad, or takes an older list away where nothing is."""
-    bad = seen.prospect.problems
+    """Sets aside what is bad, or takes an older list away where nothing is.
+
+    What a server did not give is not set aside: it may give it tomorrow.
+    """
+    remote = any(storage.folder is None for storage in manifest.storages)
+    bad = {
+        sample: problem
+        for sample, problem in seen.prospect.problems.items()
+        if not (remote and problem.reason in _PASSING)
+    }
     if not bad and not before:
         return None
     if len(bad) == len(manifest):
@@ -146,7 +159,8 @@ def _set_aside(
     place = manifest.set_aside(bad)
     if not bad:
         place.unlink()
-    return {"samples": len(bad), "file": str(place)}
+    passing = len(seen.prospect.problems) - len(bad)
+    return {"samples": len(bad), "file": str(place), "passing": passing}
 
 
 def _changed(manifest: Manifest) -> list[Mismatch]:
@@ -211,8 +225,8 @@ def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 def _name(data: str) -> str:
     """A folder name for a place."""
-    words = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.rstrip("/").rpartition("/")[2]).strip(".-")
-    return words.removesuffix(".tar") or "data"
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.rstrip("/").rpartition("/")[2])
+    return words.removesuffix(".tar").strip(".-") or "data"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from PIL import Image
 
 from eval.report import Histogram, Hit, Number, Page, Query, Twins
 from pipelines.inspect_look import Copies, Overlap, Seen
-from pipelines.inspect_text import counts, size, spread
+from pipelines.inspect_text import counts, size, spread, verdict
 from shards.captions import CaptionRule
 from shards.damage import BadSample
 from shards.decode import decode_image
@@ -45,7 +45,7 @@ def write_page(
     shards = f"{about['shards']:,} shard" + ("s" if about["shards"] != 1 else "")
     page = Page(
         Path(about["place"]).name or about["place"],
-        f"{about['samples']:,} samples in {shards}, {size(about['bytes'])}. {_verdict(report)}",
+        f"{about['samples']:,} samples in {shards}, {size(about['bytes'])}. {verdict(report)}",
     )
     page.headline(_tiles(report))
     album = _Album(seen, rule)
@@ -60,11 +60,6 @@ def write_page(
         _overlap(page, report["overlap"], overlap, album, _Album(other, rule))
     _facts(page, report)
     page.write(path)
-
-
-def _verdict(report: Mapping[str, Any]) -> str:
-    found = [f"{count:,} {name}" for name, count in report["found"].items()]
-    return f"Found: {', '.join(found)}." if found else "Nothing wrong was found."
 
 
 def _tiles(report: Mapping[str, Any]) -> list[Number]:

@@ -21,8 +21,17 @@ def lines(report: Mapping[str, Any]) -> list[str]:
         rows += _overlap(report["overlap"])
     rows += _done(report)
     width = max(len(name) for name, _ in rows)
-    found = ", ".join(f"{count:,} {name}" for name, count in report["found"].items())
-    return [*[f"{name:<{width}}  {text}" for name, text in rows], f"found: {found or 'nothing'}"]
+    return [*[f"{name:<{width}}  {text}" for name, text in rows], verdict(report)]
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """What was found that nobody has dealt with yet, in one line.
+
+    >>> verdict({"found": {"bad samples": 1200, "disagreements": 1}})
+    'Found: bad samples 1,200, disagreements 1.'
+    """
+    found = ", ".join(f"{name} {count:,}" for name, count in report["found"].items())
+    return f"Found: {found or 'nothing'}."
 
 
 def spread(values: Mapping[str, float | int], unit: str = "") -> str:
@@ -164,6 +173,10 @@ def _done(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append(("set aside", f"{what}; remove that file to undo it"))
         else:
             rows.append(("set aside", f"nothing any more: {aside['file']} is gone"))
+        if aside["passing"]:
+            rows.append(
+                ("", f"{aside['passing']:,} that the server did not give are not among them")
+            )
     if repair := report.get("repair"):
         rows.append(
             (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import serving
 from PIL import Image, ImageEnhance
 from shards_corpus import picture, sample, write_set, write_tar
 
@@ -76,7 +77,7 @@ def test_a_sound_set_ends_with_code_0_and_a_page(tmp_path, capsys, monkeypatch):
     assert inspect("pairs") == 0
     said = capsys.readouterr().out
     assert "6 samples in 1 shard" in said
-    assert said.endswith("found: nothing\nruns/inspect/pairs/inspect.html\n")
+    assert said.endswith("Found: nothing.\nruns/inspect/pairs/inspect.html\n")
     out = tmp_path / "runs" / "inspect" / "pairs"
     report = read(out)
     assert (report["seen"]["seen"], report["seen"]["bad"], report["found"]) == (6, 0, {})
@@ -250,6 +251,19 @@ def test_read_only_data_is_inspected(tmp_path, monkeypatch):
     )
     assert inspect(folder, f"out={tmp_path}/out") == 0
     assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_what_a_server_does_not_give_is_not_set_aside(broken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(tmp_path) as site:
+        site.break_down("404", paths="000001.tar")
+        place = f"{site.url}/broken/{{000000..000001}}.tar"
+        assert inspect(place, "--verify", f"out={tmp_path}/out") == FOUND
+    report = read(tmp_path / "out")
+    assert report["seen"]["reasons"] == {"shard missing": 5, "undecodable image": 2}
+    assert (report["set_aside"]["samples"], report["set_aside"]["passing"]) == (2, 5)
+    assert "5 that the server did not give" in capsys.readouterr().out
+    assert not (broken / "quarantine.json").exists()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
