@@ -40,7 +40,7 @@ def run(config: PackConfig) -> int:
             overwrite=config.overwrite,
             workers=workers,
             progress=progress,
-            tell=print,
+            tell=tqdm.write,
         )
     _say(manifest, config)
     return 0
@@ -54,6 +54,8 @@ def _source(config: PackConfig) -> Source:
         "://" not in place and Path(place).resolve() == config.out.resolve() for place in places
     ):
         raise ValueError(f"source and out are both {config.out}; choose another folder for out")
+    if ":/" in str(config.out):
+        raise ValueError(f"out: {config.out} is no local folder; pack into one, then copy it")
     name = config.format
     if name is None:
         name = find_format(places)

@@ -105,7 +105,7 @@ def pack(
         with _Progress(records, progress) as done:
             writer = ShardWriter(work, rules, done.add)
             batches = _batches(records, samples_per_shard, shuffle_seed)
-            packed = _Packed(tuple(getattr(records, "problems", ())), strict)
+            packed = _Packed(list(getattr(records, "problems", ())), strict)
             try:
                 with closing(writer.all(batches, threads)) as run:
                     manifest = Manifest.from_contents(out, packed.contents(run, work))
@@ -124,7 +124,7 @@ def pack(
 class _Packed:
     """Collects what was packed, shard by shard, and numbers the shards that are not empty."""
 
-    problems: tuple[Problem, ...]
+    problems: list[Problem]
     strict: bool
     moves: dict[str, str] = field(default_factory=dict)
     shards: list[PackedShard] = field(default_factory=list)
@@ -138,7 +138,7 @@ class _Packed:
             content, problems = shard.content, shard.problems
             if self.strict and problems:
                 raise too_strict(problems[0])
-            self.problems += tuple(problems)
+            self.problems += problems
             keys.add([*(one.key for one in content.samples), *(bad.key for bad in problems)])
             if not content.samples:
                 continue

@@ -168,6 +168,14 @@ def test_mistakes_are_told_in_a_line(folder, tmp_path, capsys, arguments, messag
     assert re.search(message, "\n".join(err)), err
 
 
+def test_a_remote_target_is_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = align(capsys, folder, "s3://bucket/set")
+    assert (code, len(err)) == (2, 1)
+    assert "is no local folder" in err[0]
+    assert not (tmp_path / "s3:").exists()
+
+
 def test_the_help_names_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["pack", "--help"])

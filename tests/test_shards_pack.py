@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import fcntl
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -398,11 +399,20 @@ def test_a_move_that_was_cut_off_is_ended(tmp_path, monkeypatch, overwrite):
                 again = pack(Numbered(12), out, **options)
             ended = True
         except Killed:
+            assert_not_mixed(out)
             again = pack(Numbered(12), out, **options)
         assert again.fingerprint == expected.fingerprint
         assert files(out) == files(tmp_path / "whole")
         steps += 1
     assert steps > 8
+
+
+def assert_not_mixed(out):
+    """Where there is a manifest, all its shards are there as it says."""
+    if (out / "manifest.json").exists():
+        for shard in Manifest.load(out).shards:
+            data = (out / shard.name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == shard.sha256
 
 
 class Killed(BaseException):
