@@ -115,9 +115,8 @@ class Shared:
                 future.set_exception(bad)
             except BaseException as error:
                 # Whoever is interrupted, the others are not.
-                is_mine_alone = not isinstance(error, Exception)
-                bad = BadSample(Reason.UNREADABLE, f"{key[0]}: interrupted")
-                future.set_exception(bad if is_mine_alone else error)
+                interrupted = BadSample(Reason.UNREADABLE, f"{key[0]}: interrupted")
+                future.set_exception(error if isinstance(error, Exception) else interrupted)
                 raise
             finally:
                 with self._lock:
@@ -137,12 +136,12 @@ class Ahead:
 
     def __init__(self, threads: int) -> None:
         self._free = threads
-        self._waiting: deque[tuple[Key, Callable[[int], None]]] = deque()
+        self._waiting: deque[tuple[Key, Callable[[], None]]] = deque()
         self._known: set[Key] = set()
         self._lock = threading.Lock()
 
-    def add(self, key: Key, work: Callable[[int], None]) -> None:
-        """Has `work(key[1])` called soon; dropped if it is known, or if too much is waiting."""
+    def add(self, key: Key, work: Callable[[], None]) -> None:
+        """Has `work` called soon; dropped if it is known, or if too much is waiting."""
         with self._lock:
             if key in self._known or len(self._waiting) >= _MAX_WAITING:
                 return
@@ -168,6 +167,6 @@ class Ahead:
                 key, work = self._waiting.popleft()
             # Who reads it meets the same error, at the place where it belongs.
             with suppress(Exception):
-                work(key[1])
+                work()
             with self._lock:
                 self._known.discard(key)

@@ -12,13 +12,14 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
 from shards.cache import Cache, OpenFile, Recent
 from shards.damage import BadSample, Reason
 from shards.fetching import Ahead, Insistence, Shared
 from shards.storage import ByteStream, Reading, Storage, shards_among
-from shards.transport import Facts, RefusedError, Transport, TroubleError
+from shards.transport import Facts, RangelessError, RefusedError, Transport, TroubleError
 
 # Blocks kept open as files of the cache, and in memory where there is no cache.
 _OPEN_BLOCKS, _MEMORY_BLOCKS = 128, 32
@@ -159,6 +160,7 @@ class _Connection:
         self._reading = reading
         self._expected = expected
         self._known: dict[str, Facts] = {}
+        self._is_rangeless = False
         self._insistently = Insistence(tries=reading.tries, wait_s=reading.wait_s)
         self._shared = Shared(self._bad_sample)
         self._ahead = Ahead(reading.connections)
@@ -173,16 +175,10 @@ class _Connection:
         """Size and version of a shard: asked for once, or never if a manifest knows its hash."""
         size, digest = self._expected.get(name, (-1, ""))
         if digest:
-            return Facts(size, digest)
-
-        def ask() -> Facts:
-            if name not in self._known:
-                self._known[name] = self._insistently(
-                    lambda patience: self.transport.facts(name, patience=patience)
-                )
-            return self._known[name]
-
-        facts = self._known.get(name) or self._shared.once((name, _FACTS), ask)
+            return Facts(size, digest, ranges=not self._is_rangeless)
+        facts = self._known.get(name)
+        if facts is None:
+            facts = self._shared.once((name, _FACTS), partial(self._ask, name))
         if facts.size < 0:
             raise BadSample(Reason.UNREADABLE, f"{self.url}/{name}: its size is not told")
         if size not in (-1, facts.size):
@@ -197,31 +193,20 @@ class _Connection:
         facts = self.facts(name)
         if offset + size > facts.size:
             raise BadSample(Reason.TRUNCATED, f"{self.url}/{name} ends before byte {offset + size}")
-        if not facts.ranges:
-            whole = self._shared.once((name, _WHOLE), lambda: self._download(name, facts))
-            return self._cut(whole, offset, size)
-        numbers = range(offset // self.step, -(-(offset + size) // self.step))
-        if len(numbers) > 1:
-            rest = numbers[1] * self.step
-            self.ahead(name, rest, offset + size - rest)
-        parts: list[bytes] = []
-        for number in numbers:
-            start = max(offset - number * self.step, 0)
-            stop = min(offset + size - number * self.step, self.step)
-            parts.append(self._cut(self._block(name, facts, number), start, stop - start))
-        return b"".join(parts)
+        if facts.ranges:
+            try:
+                return self._from_blocks(name, facts, offset, size)
+            except RangelessError:
+                self._is_rangeless = True
+        return _cut(
+            self._shared.once((name, _WHOLE), partial(self._whole, name, facts)), offset, size
+        )
 
     def ahead(self, name: str, offset: int, size: int) -> None:
         """Fetches blocks in the background, unless too many are waiting there already."""
-
-        def fetch(number: int) -> None:
-            facts = self.facts(name)
-            if facts.ranges and number * self.step < facts.size:
-                self._block(name, facts, number)
-
         for number in range(offset // self.step, -(-(offset + size) // self.step)):
             if self.blocks.get((name, number)) is None:
-                self._ahead.add((name, number), fetch)
+                self._ahead.add((name, number), partial(self._prepare, name, number))
 
     def small_file(self, name: str) -> bytes:
         """A whole file, as it is now; raises the errors of `Transport`."""
@@ -229,14 +214,9 @@ class _Connection:
         if not facts.ranges:
             return self._insistently(lambda _: b"".join(self.transport.stream(name)))
 
-        def fetch(start: int) -> bytes:
-            stop = min(start + self.step, facts.size)
-            return self._insistently(
-                lambda patience: self.transport.fetch(name, start, stop, facts, patience=patience)
-            )
-
+        numbers = range(-(-facts.size // self.step))
         with ThreadPoolExecutor(self._reading.connections) as pool:
-            return b"".join(pool.map(fetch, range(0, facts.size, self.step)))
+            return b"".join(pool.map(partial(self._fetch, name, facts), numbers))
 
     def close(self) -> None:
         """Ends requests and threads; who waits for them gets a bad sample."""
@@ -245,27 +225,52 @@ class _Connection:
         self.transport.close()
         self.blocks.clear()
 
+    def _ask(self, name: str) -> Facts:
+        if name not in self._known:
+            self._known[name] = self._insistently(
+                lambda patience: self.transport.facts(name, patience=patience)
+            )
+        return self._known[name]
+
+    def _prepare(self, name: str, number: int) -> None:
+        facts = self.facts(name)
+        if facts.ranges and number * self.step < facts.size:
+            self._shared.once((name, number), partial(self._block, name, facts, number))
+
+    def _from_blocks(self, name: str, facts: Facts, offset: int, size: int) -> bytes:
+        numbers = range(offset // self.step, -(-(offset + size) // self.step))
+        if len(numbers) > 1:
+            rest = numbers[1] * self.step
+            self.ahead(name, rest, offset + size - rest)
+        parts: list[bytes] = []
+        for number in numbers:
+            block = self.blocks.get((name, number))
+            if block is None:
+                work = partial(self._block, name, facts, number)
+                block = self._shared.once((name, number), work)
+            start = max(offset - number * self.step, 0)
+            stop = min(offset + size - number * self.step, self.step)
+            parts.append(_cut(block, start, stop - start))
+        return b"".join(parts)
+
     def _block(self, name: str, facts: Facts, number: int) -> OpenFile | bytes:
         """A block from memory, from the cache, or from the place."""
         key = f"{self.url}/{name} {facts.size} {facts.tag} {self.step} {number}"
+        block = self.blocks.get((name, number)) or self.cache.open(key)
+        if block is None:
+            data = self._fetch(name, facts, number)
+            block = self.cache.add(key, [data]) or data
+        limit = _MEMORY_BLOCKS if isinstance(block, bytes) else _OPEN_BLOCKS
+        self.blocks.put((name, number), block, limit)
+        return block
 
-        def fetch() -> OpenFile | bytes:
-            block = self.blocks.get((name, number)) or self.cache.open(key)
-            if block is None:
-                start, stop = number * self.step, min((number + 1) * self.step, facts.size)
-                data = self._insistently(
-                    lambda patience: self.transport.fetch(
-                        name, start, stop, facts, patience=patience
-                    )
-                )
-                block = self.cache.add(key, [data]) or data
-            limit = _MEMORY_BLOCKS if isinstance(block, bytes) else _OPEN_BLOCKS
-            self.blocks.put((name, number), block, limit)
-            return block
+    def _fetch(self, name: str, facts: Facts, number: int) -> bytes:
+        start, stop = number * self.step, min((number + 1) * self.step, facts.size)
+        return self._insistently(
+            lambda patience: self.transport.fetch(name, start, stop, facts, patience=patience)
+        )
 
-        return self.blocks.get((name, number)) or self._shared.once((name, number), fetch)
-
-    def _download(self, name: str, facts: Facts) -> OpenFile:
+    def _whole(self, name: str, facts: Facts) -> OpenFile:
         """All of a shard, from a server that does not answer byte ranges."""
         held = self.blocks.get((name, _WHOLE))
         if isinstance(held, OpenFile):
@@ -277,31 +282,20 @@ class _Connection:
             )
         with self.cache.turn(key):
             file = self.cache.open(key) or self._insistently(
-                lambda _: self.cache.add(key, self._whole(name, facts))
+                lambda _: self.cache.add(key, self._download(name, facts))
             )
         if file is None:
             raise RefusedError("the server answers no byte ranges, and the cache takes no file")
         self.blocks.put((name, _WHOLE), file, _OPEN_BLOCKS)
         return file
 
-    def _whole(self, name: str, facts: Facts) -> Iterator[bytes]:
+    def _download(self, name: str, facts: Facts) -> Iterator[bytes]:
         size = 0
         for chunk in self.transport.stream(name):
             size += len(chunk)
             yield chunk
         if size != facts.size:
-            raise TroubleError(f"{size} bytes came; it has {facts.size}")
-
-    def _cut(self, block: OpenFile | bytes, start: int, size: int) -> bytes:
-        if isinstance(block, bytes):
-            return block[start : start + size]
-        try:
-            data = block.read(start, size)
-        except OSError as error:
-            raise BadSample(Reason.UNREADABLE, f"local cache: {error.strerror}") from None
-        if len(data) < size:
-            raise BadSample(Reason.UNREADABLE, "local cache: a file was cut off while in use")
-        return data
+            raise TroubleError(f"{size} bytes came; {facts.size} were expected")
 
     def _bad_sample(self, name: str, error: OSError) -> BadSample:
         if isinstance(error, FileNotFoundError):
@@ -314,3 +308,15 @@ def _without_password(url: str) -> str:
     if "@" not in parts.netloc:
         return url
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _cut(block: OpenFile | bytes, start: int, size: int) -> bytes:
+    if isinstance(block, bytes):
+        return block[start : start + size]
+    try:
+        data = block.read(start, size)
+    except OSError as error:
+        raise BadSample(Reason.UNREADABLE, f"local cache: {error.strerror}") from None
+    if len(data) < size:
+        raise BadSample(Reason.UNREADABLE, "local cache: a file was cut off while in use")
+    return data

@@ -36,6 +36,10 @@ class RefusedError(OSError):
     """A request failed in a way that will not pass: no permission, no byte ranges."""
 
 
+class RangelessError(Exception):
+    """The server gives a file as a whole or not at all."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a place says of a file.
@@ -114,13 +118,16 @@ class Transport:
             stop: The byte after the last one; not beyond the size.
             facts: What is known of the file; another size or version is refused.
             patience: Share of the time limit that the place may stay silent.
+
+        Raises:
+            RangelessError: If the server does not answer byte ranges.
         """
         if not self._is_http:
             data = self._call("cat_file", self._address(name), start=start, end=stop)
         else:
             found, data = self._run(self._get(self._address(name), start, stop, patience))
             if not found.ranges:
-                raise RefusedError("the server does not answer byte ranges")
+                raise RangelessError(self.url)
             if found.size != facts.size:
                 raise RefusedError(f"it has {found.size} bytes now; {facts.size} were expected")
             if found.tag != self._tags.setdefault(name, found.tag):
