@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines import run_folder
+from pipelines.config import ConfigError
 from pipelines.inspect_look import Copies, Overlap, Seen, find_copies, find_overlap, look
 from pipelines.inspect_page import write_page
 from pipelines.inspect_text import lines
@@ -27,7 +28,7 @@ from shards.damage import Reason
 from shards.examine import captions_of, draw
 from shards.manifest import QUARANTINE_FILE, Manifest
 from shards.repair import MendedSource
-from shards.write import pack
+from shards.write import WORK_FOLDER, pack
 
 FOUND = 3
 """Exit code where something was found that nobody has dealt with yet."""
@@ -49,6 +50,8 @@ def _run(config: InspectConfig, out: Path) -> int:
     if sys.stderr.isatty():
         print(f"reading the headers of {config.data}", file=sys.stderr)
     manifest = Manifest.open(config.data, quarantine=False)
+    against = None if config.against is None else Manifest.open(config.against)
+    _check_target(config.repair)
     run_folder.record(out, config)
     about, disagree = survey(manifest), mismatches(manifest)
     before, complaint = _set_aside_before(config.data, manifest)
@@ -58,7 +61,7 @@ def _run(config: InspectConfig, out: Path) -> int:
         "survey": about.as_dict(),
         "set_aside_before": len(before),
     }
-    seen = _look(config, manifest, out, whole=config.verify or config.against is not None)
+    seen = _look(config, manifest, out, whole=config.verify or against is not None)
     report["seen"] = _described(seen, config)
     if config.verify:
         disagree += _changed(manifest)
@@ -67,8 +70,8 @@ def _run(config: InspectConfig, out: Path) -> int:
     report["copies"] = copies.summary()
     _write_lines(out / "copies.jsonl", _groups(seen, copies))
     shared: tuple[Seen, Overlap] | None = None
-    if config.against is not None:
-        other = _look(config, Manifest.open(config.against), out, whole=True)
+    if against is not None:
+        other = _look(config, against, out, whole=True)
         overlap = find_overlap(seen, other, distance=config.distance, likeness=config.likeness)
         report["overlap"] = {"against": config.against, **overlap.summary()}
         _write_lines(out / "overlap.jsonl", _pairs(seen, other, overlap))
@@ -82,6 +85,16 @@ def _run(config: InspectConfig, out: Path) -> int:
     write_page(out / "inspect.html", report, seen, copies=copies, rule=rule, shared=shared)
     print("\n".join([*lines(report), f"{out}/inspect.html"]))
     return FOUND if report["found"] else 0
+
+
+def _check_target(folder: Path | None) -> None:
+    """Whether a new data set can be written there; told before the long work, not after it."""
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"repair: {folder} is a file; name a new or empty folder")
+    if present := sorted(path.name for path in folder.iterdir() if path.name != WORK_FOLDER):
+        raise ConfigError(f"repair: {folder} holds {present[0]!r}; name a new or empty folder")
 
 
 def _look(config: InspectConfig, manifest: Manifest, out: Path, *, whole: bool) -> Seen:

@@ -253,8 +253,8 @@ def _overlap(
     section = page.section(
         "Overlap",
         f"{numbers['copied']:,} of {numbers['pictures']:,} pictures are in {numbers['against']} "
-        f"too ({kinds}), and {numbers['same_caption']:,} of {numbers['captioned']:,} samples share "
-        "a caption with it. Here on the left, there on the right; overlap.jsonl lists all pairs.",
+        f"too: {kinds}. {numbers['same_caption']:,} of {numbers['captioned']:,} samples share a "
+        "caption with it.",
     )
     pairs = []
     for kind, row, copy in overlap.pairs[:_PAIRS]:
@@ -263,6 +263,7 @@ def _overlap(
             left, right = Hit(album.caption(row), mine), Hit(theirs.caption(copy), copied)
             pairs.append(Twins(left, right, kind))
     if pairs:
+        section.text("Here on the left, there on the right; overlap.jsonl lists all pairs.")
         section.twins(pairs)
 
 

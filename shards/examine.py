@@ -28,7 +28,6 @@ SKETCH_SIDE = 32
 
 _DRAW = 0x64726177  # keeps this draw apart from others over the same counters
 _CHUNK = 32
-_OTHER_NAME = "a picture under another format's name"
 _SAME_FORMAT = {"jpeg": "jpg"}
 
 

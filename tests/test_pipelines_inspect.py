@@ -279,7 +279,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     pack([record(1)], tmp_path / "set")
     said = refused(tmp_path / "set", f"repair={tmp_path}/set", f"out={tmp_path}/out")
-    assert "holds a data set" in said
+    assert said.count("\n") == 1
+    assert "name a new or empty folder" in said
+    assert not (tmp_path / "out").exists()
+    said = refused(tmp_path / "set", f"against={tmp_path}/empty", f"out={tmp_path}/out")
+    assert "empty" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_words_for_numbers():
