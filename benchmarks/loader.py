@@ -93,6 +93,8 @@ class Side:
 def rates(folder: Path, size: int, peer: Path, *, rounds: int) -> dict[str, list[float]]:
     """Rates of OpenCLIP's pipeline, ours, and ours with normalised floats, round by round."""
     samples = len(Manifest.open(folder)) // BATCH_SIZE * BATCH_SIZE
+    if not samples:
+        raise SystemExit(f"{folder} holds fewer pictures than a batch of {BATCH_SIZE}")
     task = {"folder": str(folder), "size": size, "samples": samples}
     with (
         Side(peer, side="peer", **task) as theirs,
@@ -166,7 +168,9 @@ def peer_packages(cache: Path) -> Path:
     folder = cache / "peer"
     if not (folder / "webdataset").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--target", str(folder), *PEER_PACKAGES], check=True)
+        command += ["--target", str(folder), *PEER_PACKAGES]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"pip failed; name a folder with {', '.join(PEER_PACKAGES)} by --peer")
     return folder
 
 
@@ -189,7 +193,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, metavar="FOLDER", default=cache, help=str(cache))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="little data, one round: a smoke test")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.photos is not None and not chosen.photos.is_file():
+        parser.error(f"--photos {chosen.photos}: no such file")
+    return chosen
 
 
 def main() -> None:
