@@ -99,7 +99,8 @@ def decode_square(
 
     `"fast"` reads a JPEG at a half, a quarter or an eighth of its size while the box still has
     twice the pixels of the square; the box is then rounded to whole pixels of that smaller picture.
-    From 2048 x 1536 to 224 it takes two thirds of the time and stays within 46 dB.
+    From 2048 x 1536 to 224 that takes 0.7 to 0.8 of the time; on photos it is 52 to 56 dB from the
+    exact square of the same box, 45 to 52 dB where the box had to be rounded.
 
     Args:
         data: The encoded picture.
