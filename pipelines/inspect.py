@@ -55,7 +55,6 @@ def _run(config: InspectConfig, out: Path) -> int:
     run_folder.record(out, config)
     about, disagree = survey(manifest), mismatches(manifest)
     before, complaint = _set_aside_before(config.data, manifest)
-    disagree += complaint
     report: dict[str, Any] = {
         "version": 1,
         "survey": about.as_dict(),
@@ -65,7 +64,9 @@ def _run(config: InspectConfig, out: Path) -> int:
     report["seen"] = _described(seen, config)
     if config.verify:
         disagree += _changed(manifest)
-        report["set_aside"] = _set_aside(manifest, seen, before)
+        report["set_aside"] = _set_aside(manifest, seen, listed=bool(before or complaint))
+    if not report.get("set_aside"):
+        disagree += complaint
     copies = find_copies(seen, distance=config.distance, likeness=config.likeness)
     report["copies"] = copies.summary()
     _write_lines(out / "copies.jsonl", _groups(seen, copies))
@@ -147,15 +148,13 @@ def _set_aside_before(data: str, manifest: Manifest) -> tuple[set[tuple[str, str
     try:
         kept = Manifest.open(data)
     except ValueError as error:
-        return set(), [Mismatch(QUARANTINE_FILE, "something", str(error))]
+        return set(), [Mismatch(QUARANTINE_FILE, "what is set aside", str(error))]
     listed = kept.problems[len(manifest.problems) :]
     return {(problem.shard, problem.key) for problem in listed}, []
 
 
-def _set_aside(
-    manifest: Manifest, seen: Seen, before: set[tuple[str, str]]
-) -> dict[str, Any] | None:
-    """Sets aside what is bad, or takes an older list away where nothing is.
+def _set_aside(manifest: Manifest, seen: Seen, *, listed: bool) -> dict[str, Any] | None:
+    """Sets aside what is bad, or takes the list that is there away where nothing is.
 
     What a server did not give is not set aside: it may give it tomorrow.
     """
@@ -165,7 +164,7 @@ def _set_aside(
         for sample, problem in seen.prospect.problems.items()
         if not (remote and problem.reason in _PASSING)
     }
-    if not bad and not before:
+    if not bad and not listed:
         return None
     if len(bad) == len(manifest):
         return None  # a data set of nothing serves nobody; the report says it all

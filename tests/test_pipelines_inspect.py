@@ -120,6 +120,11 @@ def test_a_list_that_is_no_longer_needed_goes(broken, tmp_path):
     assert inspect(broken, "--verify", f"out={tmp_path}/out") == 0
     assert not (broken / "quarantine.json").exists()
     assert Manifest.open(broken).fingerprint == whole.fingerprint
+    (broken / "quarantine.json").write_text("{")
+    assert inspect(broken, f"out={tmp_path}/out") == FOUND
+    assert read(tmp_path / "out")["found"] == {"disagreements": 1}
+    assert inspect(broken, "--verify", f"out={tmp_path}/out") == 0
+    assert not (broken / "quarantine.json").exists()
 
 
 def test_a_quick_look_draws_some_and_sets_nothing_aside(broken, tmp_path, capsys):
