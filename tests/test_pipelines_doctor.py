@@ -555,6 +555,23 @@ def test_measuring_reads_no_sample_that_damage_would_stop(data, tmp_path, examin
     assert result.numbers["rates"]["decode_s"] > 0
 
 
+def test_threads_that_get_in_each_others_way_are_told(data, tmp_path, examine, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda *_, **__: rates(one_thread=25.0))
+    threads = only(examine(data, tmp_path / "run"), "threads")
+    assert (threads["mark"], threads["advice"]) == ("note", "OMP_NUM_THREADS=1")
+    assert "25.0 times as fast" in threads["found"]
+
+
+def test_one_thread_is_tried_and_the_others_are_given_back(data, tmp_path, examine):
+    torch.set_num_threads(2)
+    try:
+        result = examine(data, tmp_path / "run", timed=True)
+        assert torch.get_num_threads() == 2
+        assert result.numbers["rates"]["one_thread"] != 1.0
+    finally:
+        torch.set_num_threads(1)
+
+
 # --- parts ---
 
 

@@ -14,6 +14,7 @@ _BUSY = 0.5
 # By how much the cores have to be behind to be what bounds.
 _CLEARLY = 1.02
 _MUCH = 0.1
+_QUICKER = 1.2
 _NOTHING = 1e-6
 # A forward pass is about a third of a step.
 _FORWARD = 1 / 3
@@ -103,7 +104,7 @@ def check_speed(
     """
     check.table(_rows(config, rates))
     check.numbers["rates"] = asdict(rates)
-    _check_cores(check, config, machine)
+    _check_cores(check, config, rates, machine)
     if not any(stage.steps for stage in rates.stages):
         check.ok("forecast", "nothing is left to do")
         return
@@ -126,7 +127,7 @@ def _rows(config: PretrainConfig, rates: Rates) -> list[tuple[str, str, str]]:
     return [("one process, each stage alone", "samples/s", "ms each"), *lines]
 
 
-def _check_cores(check: CheckUp, config: PretrainConfig, machine: Machine) -> None:
+def _check_cores(check: CheckUp, config: PretrainConfig, rates: Rates, machine: Machine) -> None:
     wanted = machine.processes * (machine.threads + config.workers)
     threads = max(1, int(machine.share) - config.workers)
     workers = max(0, int(machine.share) - threads)
@@ -140,6 +141,13 @@ def _check_cores(check: CheckUp, config: PretrainConfig, machine: Machine) -> No
         f"{' and '.join(filter(None, (fewer, less))) or 'fewer processes'}: threads that wait for "
         "a busy core can make a step many times slower",
     )
+    if rates.one_thread > _QUICKER:
+        check.note(
+            "threads",
+            f"a step with one thread is {rates.one_thread:.1f} times as fast as with "
+            f"{machine.threads}",
+            "OMP_NUM_THREADS=1",
+        )
     if machine.load > _BUSY * machine.cores:
         check.note(
             "busy",

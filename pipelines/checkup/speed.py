@@ -22,7 +22,7 @@ from shards.manifest import CAPTION_FIELD, JSON_FIELD
 from shards.read import ShardReader
 
 # Shares of the time there is for measuring.
-_READ, _DECODE, _AHEAD, _PICTURES, _STEP = 0.1, 0.15, 0.15, 0.1, 0.5
+_READ, _DECODE, _AHEAD, _PICTURES, _GROW, _STEP = 0.05, 0.1, 0.15, 0.1, 0.3, 0.3
 _BATCH = 32
 _PROBE, _GROWTH = 2, 4
 _POOL = 512
@@ -62,6 +62,7 @@ class Rates:
         batch: Samples of the step that was measured.
         activations: Bytes that a step of the run's batch holds at the largest pictures.
         finite: Whether the first step had a loss and gradients that are numbers.
+        one_thread: How many times as fast a step is with one thread instead of all.
     """
 
     read_s: float
@@ -72,6 +73,7 @@ class Rates:
     batch: int
     activations: int
     finite: bool
+    one_thread: float = 1.0
 
 
 def stages_of(training: Training) -> list[Stage]:
@@ -111,17 +113,18 @@ def measure(
     steps = _Steps(training, batches, local_batch=local_batch)
     last = Stage(config.model.image_size, training.steps - 1, 0)
     stages = sorted(stages_of(training) or [last], key=lambda stage: -stage.image_size)
-    steps.grow(stages[0], free=free, seconds=seconds * _STEP / 2)
+    steps.grow(stages[0], free=free, seconds=seconds * _GROW)
     measured: list[Stage] = []
     for stage in stages:
         share = seconds / len(stages)
         training.step = stage.first_step
         augment_s = _seconds(lambda: _augment(training, some), share * _PICTURES / 2) / len(some)
-        whole_s = steps.time(stage, share * _STEP / 2)
+        whole_s = steps.time(stage, share * _STEP)
         compute_s = max(whole_s - augment_s - tokenise_s, 0.0)
         measured.append(
             Stage(stage.image_size, stage.first_step, stage.steps, augment_s, compute_s)
         )
+    one_thread = steps.one_thread(stages[-1])
     training.step = began
     return Rates(
         read_s=read_s,
@@ -132,6 +135,7 @@ def measure(
         batch=steps.size,
         activations=steps.activations,
         finite=steps.finite,
+        one_thread=one_thread,
     )
 
 
@@ -217,20 +221,21 @@ class _Loading:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One step: its samples, seconds, those of them that the optimiser took, peak of memory."""
+    """One step: its samples, seconds with and without the optimiser, and the peak of memory."""
 
     size: int
     seconds: float
-    optimizer_s: float
+    derived_s: float
     peak: int
 
 
 class _Steps:
     """Times steps at a few sizes of the batch; what does not grow with it is told apart.
 
-    Clipping and the optimiser take the same time for any batch: from small ones alone, a large
-    batch would seem far slower than it is. So the time is a line, `fixed_s + size * slope`. Memory
-    is the peak that was met, and what the larger batch would hold more for its backward pass.
+    The optimiser takes the same time for any batch, and so do some other parts: from small ones
+    alone, a large batch would seem far slower than it is. So the time is that of the optimiser and
+    a line, `fixed_s + size * slope`. Memory is the peak that was met, and what the larger batch
+    would hold more for its backward pass.
     """
 
     def __init__(self, training: Training, batches: Sequence[Batch], *, local_batch: int) -> None:
@@ -239,6 +244,7 @@ class _Steps:
         self._most = local_batch
         self._warm = 0  # the size of pictures that the last step was at
         self._fixed_s = 0.0
+        self._optimizer_s: list[float] = []
         self.size = 0
         self.activations = 0
         self.finite = True
@@ -252,19 +258,19 @@ class _Steps:
             small = self._step(stage, small.size)
         more = self._held(stage, 2 * small.size) - self._held(stage, small.size)
         each = max(1, more // small.size)
-        self._fixed_s = small.optimizer_s
         large = small
         while large.size < self._most:
             room = (_MEMORY * free - large.peak) / each + large.size
-            fits = max(until - time.perf_counter(), seconds / 2) / large.seconds * large.size
+            # Of the small one alone too little can be told, so one larger one is always tried.
+            left = until - time.perf_counter() - (large.seconds - large.derived_s)
+            left = max(left, seconds / 2 if large is small else 0.0)
+            fits = left / large.derived_s * large.size
             size = int(min(_GROWTH * large.size, self._most, room, fits))
             if size < 2 * large.size and size < self._most:
                 break
             large = self._step(stage, size)
-            slope = (large.seconds - small.seconds) / (large.size - small.size)
-            self._fixed_s = min(
-                max(small.seconds - slope * small.size, small.optimizer_s), small.seconds
-            )
+            slope = (large.derived_s - small.derived_s) / (large.size - small.size)
+            self._fixed_s = min(max(0.0, small.derived_s - slope * small.size), small.derived_s)
         trained = (one for one in self._training.objective.parameters() if one.requires_grad)
         gradients = sum(one.numel() * one.element_size() for one in trained)
         self.size = large.size
@@ -273,14 +279,29 @@ class _Steps:
     def time(self, stage: Stage, seconds: float) -> float:
         """Seconds per sample of a whole step of the run's batch."""
         until = time.perf_counter() + seconds
-        times: list[float] = []
+        steps: list[_Timed] = []
         if self._warm != stage.image_size:
             # Counts where there is no time for another.
-            first = self._step(stage, self.size).seconds
-            times += [first] if time.perf_counter() + first > until else []
-        while not times or time.perf_counter() + median(times) < until:
-            times.append(self._step(stage, self.size).seconds)
-        return max(0.0, median(times) - self._fixed_s) / self.size + self._fixed_s / self._most
+            first = self._step(stage, self.size)
+            steps += [first] if time.perf_counter() + first.seconds > until else []
+        while not steps or time.perf_counter() + steps[-1].seconds < until:
+            steps.append(self._step(stage, self.size))
+        derived_s = median(one.derived_s for one in steps)
+        self._optimizer_s += [one.seconds - one.derived_s for one in steps]
+        whole_s = self._fixed_s + median(self._optimizer_s)
+        return max(0.0, derived_s - self._fixed_s) / self.size + whole_s / self._most
+
+    def one_thread(self, stage: Stage) -> float:
+        """How many times as fast a step is with one thread: on busy cores, many times."""
+        threads = torch.get_num_threads()
+        if self._training.accelerator.device.type != "cpu" or threads == 1:
+            return 1.0
+        together = self._step(stage, self.size).seconds
+        torch.set_num_threads(1)
+        try:
+            return together / self._step(stage, self.size).seconds
+        finally:
+            torch.set_num_threads(threads)
 
     def _step(self, stage: Stage, size: int) -> _Timed:
         training, batch = self._training, _of_size(self._pool, size)
@@ -293,7 +314,7 @@ class _Steps:
                 torch.cuda.synchronize(training.accelerator.device)
             taken = time.perf_counter() - began
         self.finite = self.finite and bool(measured["finite"])
-        return _Timed(size, taken, measured["optimizer_ms"] / 1000, peak.bytes)
+        return _Timed(size, taken, taken - measured["optimizer_ms"] / 1000, peak.bytes)
 
     def _held(self, stage: Stage, size: int) -> int:
         """Bytes that a forward pass holds for the backward pass."""
