@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from http_server import serving
 from pairs_corpus import TINY_VIT, encoded, picture, tiny_pretrain, write_pairs
 from shards_corpus import write_tar
 
@@ -255,6 +256,19 @@ def test_shards_that_are_all_broken_give_lines(data, tmp_path, examine):
     unread = examine(tmp_path / "all", tmp_path / "run")
     assert "no sample in 4 tar files" in only(unread, "data")["found"]
     assert only(unread, "out")["mark"] == "ok"
+
+
+def test_a_data_set_behind_a_url(data, tmp_path, examine, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(data.parent) as site:
+        place = f"{site.url}/data/{{000000..000003}}.tar"
+        good = examine(data, tmp_path / "run", data=place, timed=True)
+        assert only(good, "samples")["found"] == "48 samples of 4 shards read and decoded, all good"
+        site.break_down("404", paths="000002.tar")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        gone = examine(data, tmp_path / "run", data=place)
+        assert "000002.tar" in gone.problems[0]["found"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_captions_are_counted(tmp_path, examine):
@@ -562,14 +576,13 @@ def test_threads_that_get_in_each_others_way_are_told(data, tmp_path, examine, m
     assert "25.0 times as fast" in threads["found"]
 
 
-def test_one_thread_is_tried_and_the_others_are_given_back(data, tmp_path, examine):
-    torch.set_num_threads(2)
-    try:
-        result = examine(data, tmp_path / "run", timed=True)
-        assert torch.get_num_threads() == 2
-        assert result.numbers["rates"]["one_thread"] != 1.0
-    finally:
-        torch.set_num_threads(1)
+def test_one_thread_is_tried_and_the_others_are_given_back(data, tmp_path, examine, monkeypatch):
+    counts: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    result = examine(data, tmp_path / "run", timed=True)
+    assert counts == [1, 2]
+    assert result.numbers["rates"]["one_thread"] != 1.0
 
 
 # --- parts ---

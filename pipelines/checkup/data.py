@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 from align.tokenizer import Tokenizer
 from pipelines.captions import CaptionWriter
 from pipelines.checkup.report import CheckUp, percent, several, size
-from pipelines.config import ConfigError
 from pipelines.embed import chosen
 from pipelines.schemas import PretrainConfig
 from shards.captions import CaptionRule
@@ -391,13 +390,7 @@ def _fields(reader: ShardReader, rows: Sequence[int]) -> Iterator[dict[str, Any]
             continue
 
 
-def no_good_sample(found: Look) -> ConfigError:
-    """Says that nothing can be measured."""
-    first = next(iter(found.bad.values()))
-    return ConfigError(f"no sample of {found.count} can be used; first: {first}")
-
-
-def _counts(problems: Sequence[Problem] | Any) -> str:
+def _counts(problems: Iterable[Problem]) -> str:
     counted = Counter(problem.reason.value for problem in problems)
     return ", ".join(f"{count:,} x {reason}" for reason, count in counted.most_common())
 

@@ -8,12 +8,9 @@ from pipelines.schemas.training import PretrainConfig
 
 
 class DoctorConfig(PretrainConfig):
-    """What a training run would meet, found in seconds: takes what `pretrain` takes.
+    """What a training run would meet. Takes what `pretrain` takes; exit code 3 if it would fail."""
 
-    Leaves with 0 when nothing would fail and with 3 when something would.
-    """
-
-    seconds: PositiveFloat = Field(default=10.0, description="How long to measure, in all.")
+    seconds: PositiveFloat = Field(default=10.0, description="About how long to measure, in all.")
     shards: PositiveInt = Field(
         default=256, description="Shards to look into at most, spread evenly."
     )
