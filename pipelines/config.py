@@ -7,7 +7,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -140,7 +141,8 @@ def value_for(schema: type[BaseModel], path: str, text: str) -> Any:
         if field is None:
             return parse_value(text)
         annotation = field.annotation
-    kinds = set(get_args(annotation) or [annotation]) - {type(None)}
+    of_several = get_origin(annotation) in (Union, UnionType)
+    kinds = set(get_args(annotation) if of_several else [annotation]) - {type(None)}
     return text if kinds <= {str, Path} and text != "null" else parse_value(text)
 
 

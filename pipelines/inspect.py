@@ -26,7 +26,8 @@ from shards.audit import Mismatch, Spread, Survey, changed_shards, mismatches, s
 from shards.captions import CaptionRule
 from shards.damage import Reason
 from shards.examine import captions_of, draw
-from shards.manifest import QUARANTINE_FILE, Manifest
+from shards.manifest import Manifest
+from shards.quarantine import QUARANTINE_FILE
 from shards.repair import MendedSource
 from shards.write import WORK_FOLDER, pack
 
@@ -169,8 +170,6 @@ def _set_aside(manifest: Manifest, seen: Seen, *, listed: bool) -> dict[str, Any
     if len(bad) == len(manifest):
         return None  # a data set of nothing serves nobody; the report says it all
     place = manifest.set_aside(bad)
-    if not bad:
-        place.unlink()
     passing = len(seen.prospect.problems) - len(bad)
     return {"samples": len(bad), "file": str(place), "passing": passing}
 

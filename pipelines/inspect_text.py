@@ -172,7 +172,7 @@ def _done(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             what = f"{aside['samples']:,} samples, listed in {aside['file']}"
             rows.append(("set aside", f"{what}; remove that file to undo it"))
         else:
-            rows.append(("set aside", f"nothing any more: {aside['file']} is gone"))
+            rows.append(("set aside", "nothing any more"))
         if aside["passing"]:
             rows.append(
                 ("", f"{aside['passing']:,} that the server did not give are not among them")

@@ -54,14 +54,14 @@ class Rules:
         fields = {name: value for name, value in record.fields.items() if name != "captions"}
         members: _Members = {"__key__": record.key, **record.members}
         members[picture.extension] = picture.data
-        members[CAPTION_FIELD] = captions[0].encode("utf-8", "surrogateescape")
+        members[CAPTION_FIELD] = captions[0].encode("utf-8", "surrogatepass")
         if len(captions) > 1:
             fields["captions"] = captions
             lines = "\n".join(" ".join(caption.split()) for caption in captions)
-            members[CAPTION_FIELD] = lines.encode("utf-8", "surrogateescape")
+            members[CAPTION_FIELD] = lines.encode("utf-8", "surrogatepass")
         if fields:
             text = json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
-            data = text.encode("utf-8", "surrogateescape")
+            data = text.encode("utf-8", "surrogatepass")
             decode_fields(data, limits=self.limits)
             members[JSON_FIELD] = data
         return members, picture
@@ -72,7 +72,7 @@ class Rules:
         empty: BadSample | None = None
         for caption in record.texts:
             try:
-                decode_caption(caption.encode("utf-8", "surrogateescape"), limits=self.limits)
+                decode_caption(caption.encode("utf-8", "surrogatepass"), limits=self.limits)
                 captions.append(caption)
             except BadSample as bad:
                 if bad.reason != Reason.EMPTY_CAPTION:

@@ -108,4 +108,4 @@ class CaptionRule:
 
 def _texts(value: object) -> list[bytes]:
     several = value if isinstance(value, list) else [value]
-    return [one.encode("utf-8", "surrogateescape") for one in several if isinstance(one, str)]
+    return [one.encode("utf-8", "surrogatepass") for one in several if isinstance(one, str)]

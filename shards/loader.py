@@ -216,7 +216,7 @@ class ShardLoader:
     def _stop(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.close()
+            _end(stream, self._decoder)
 
     def _build(self, consumed: int) -> tuple[Batch, list[Problem]]:
         """This rank's share of the global batch that follows `consumed` samples."""
@@ -346,5 +346,11 @@ def _pass(
             if batch is not None:
                 yield batch
     finally:
-        stream.close()
-        decoder.reader.close()
+        _end(stream, decoder)
+
+
+def _end(stream: Generator[Any], decoder: Decoder) -> None:
+    """Ends the threads behind a stream, also those that wait for a silent server."""
+    decoder.reader.stop()
+    stream.close()
+    decoder.reader.close()

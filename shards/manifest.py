@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 
 from shards.atomic import replacing
 from shards.damage import BadSample, Problem, Reason
+from shards.quarantine import QUARANTINE_FILE, read_list, written_list
 from shards.storage import LocalStorage, Storage, storage_of
 from shards.tar import TarContent, read_tar
 
 MANIFEST_FILE = "manifest.json"
 SAMPLES_FILE = "samples.parquet"
-QUARANTINE_FILE = "quarantine.json"
 IMAGE_FIELDS = ("webp", "jpg", "jpeg", "png", "gif", "bmp")
 """Fields that hold a picture; a sample with several uses the first of them."""
 CAPTION_FIELD = "txt"
@@ -56,6 +56,11 @@ class Shard:
     headers: str
     sha256: str = ""
     source: int = 0
+
+    @property
+    def identity(self) -> str:
+        """Changes when the shard does: the hash of all of it, or of its headers."""
+        return self.sha256 or self.headers
 
 
 class Manifest:
@@ -127,9 +132,7 @@ class Manifest:
             return self._fingerprint
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(
-                f"{shard.name}\0{shard.bytes}\0{shard.sha256 or shard.headers}\n".encode()
-            )
+            digest.update(f"{shard.name}\0{shard.bytes}\0{shard.identity}\n".encode())
         return digest.hexdigest()
 
     @property
@@ -313,44 +316,38 @@ class Manifest:
         with replacing(place / MANIFEST_FILE) as stream:
             stream.write(json.dumps(content, indent=1).encode())
 
-    def set_aside(self, bad: Mapping[int, Problem]) -> Path:
+    def set_aside(self, bad: Mapping[int, Problem]) -> Path | None:
         """Writes the quarantine list: `open` leaves these samples out from now on.
 
-        It lies beside the shards, or in the user's cache where they are remote or read-only, and
-        replaces an earlier one; removing the file undoes it.
+        It lies beside the shards, or in the user's cache where they are remote or read-only. What
+        an earlier list says of these shards is replaced; removing the file undoes it.
 
         Args:
             bad: What is wrong with each bad sample, by its row in a manifest that was opened with
                 `quarantine=False`.
 
         Returns:
-            The file.
+            The file; None where nothing is set aside any more.
         """
-        content = {
-            "version": _VERSION,
-            "fingerprint": self.fingerprint,
-            "samples": [{"row": int(row), **bad[row].as_dict()} for row in sorted(bad)],
-        }
         storage = self.storages[0]
-        places = (
-            [cache_folder(storage)]
-            if storage.folder is None
-            else [
-                storage.folder,
-                cache_folder(storage),
-            ]
-        )
-        for place in places:
+        cache = cache_folder(storage)
+        for place in [cache] if storage.folder is None else [storage.folder, cache]:
+            path = place / QUARANTINE_FILE
+            before = path.read_bytes() if path.is_file() else None
+            content = written_list(bad, self.shards, before=before)
             try:
+                if content is None:
+                    path.unlink(missing_ok=True)
+                    continue
                 place.mkdir(parents=True, exist_ok=True)
-                with replacing(place / QUARANTINE_FILE) as stream:
-                    stream.write(json.dumps(content, indent=1).encode())
+                with replacing(path) as stream:
+                    stream.write(content)
             except OSError:
-                if place == places[-1]:
+                if place == cache:
                     raise
                 continue
-            return place / QUARANTINE_FILE
-        raise AssertionError("there is always the cache")
+            return path
+        return None
 
     def kept(self, rows: np.ndarray, *, problems: Sequence[Problem], note: str) -> "Manifest":
         """The data set without some of its samples.
@@ -380,19 +377,9 @@ class Manifest:
             if data is None:
                 continue
             path = f"{home.url}/{QUARANTINE_FILE}"
-            try:
-                content = json.loads(data)
-                listed = content["samples"]
-                bad = np.array([entry.pop("row") for entry in listed], np.int64)
-                problems = [_problem(entry) for entry in listed]
-                fits = content["fingerprint"] == self.fingerprint
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} is unreadable ({error}); remove it") from None
-            if not fits or (len(bad) and not 0 <= bad.min() <= bad.max() < len(self)):
-                raise ValueError(
-                    f"{path} was made for other shards than lie there now; make it anew with "
-                    f"align inspect {storage.url} --verify, or remove it"
-                )
+            bad, problems = read_list(data, self.shards, path=path)
+            if not len(bad):
+                return self
             keep = np.ones(len(self), bool)
             keep[bad] = False
             if not keep.any():
@@ -407,7 +394,7 @@ class Manifest:
         """The manifest that lies beside the shards or in the cache, if it is still true."""
         for home in (storage, LocalStorage(cache_folder(storage))):
             manifest = cls._load(storage, home)
-            if manifest is not None and (manifest.is_packed or manifest._is_current):
+            if manifest is not None and (manifest.is_packed or manifest._is_current(home)):
                 return manifest
         return None
 
@@ -470,11 +457,18 @@ class Manifest:
             manifest.save(place)
         return manifest
 
-    @property
-    def _is_current(self) -> bool:
-        """Whether the tar files are still those of the scan, as far as names and sizes tell."""
+    def _is_current(self, home: Storage) -> bool:
+        """Whether the shards are still those of the scan, as far as names, sizes and times tell."""
+        storage = self.storages[0]
         known = [(shard.name, shard.bytes) for shard in self.shards]
-        return known == self.storages[0].tars()
+        if known != storage.tars():
+            return False
+        if storage.folder is None or home.folder is None:
+            return True
+        scanned = (home.folder / MANIFEST_FILE).stat().st_mtime_ns
+        return all(
+            (storage.folder / shard.name).stat().st_mtime_ns <= scanned for shard in self.shards
+        )
 
 
 def cache_folder(storage: Storage) -> Path:

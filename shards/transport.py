@@ -78,14 +78,14 @@ class Transport:
         self._query = f"?{query}" if query else ""
         try:
             # Neither listings nor connections are shared: both must be fresh in each process.
-            self._fs: Any = fsspec.filesystem(
-                protocol, skip_instance_cache=True, use_listings_cache=False
-            )
+            self._fs: Any = fsspec.url_to_fs(
+                url, skip_instance_cache=True, use_listings_cache=False
+            )[0]
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             how = f"pip install 'clip-align[{extra}]'" if extra else str(error)
             raise ValueError(f"{protocol}:// needs another library: {how}") from None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{url}: {error}; known are paths, file, http, https, s3, gs and the other "
                 "protocols of fsspec"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import replacing, sync_folder
-from shards.manifest import MANIFEST_FILE, QUARANTINE_FILE, SAMPLES_FILE, Manifest
+from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
+from shards.quarantine import QUARANTINE_FILE
 from shards.sidecars import possible_names
 
 WORK_FOLDER = ".packing"

@@ -412,3 +412,9 @@ def test_the_libraries_and_splits_that_are_checked_early_are_those_that_exist():
     assert set(schemas.training.IMAGE_LIBRARIES) == set(IMAGE_LIBRARIES)
     assert set(schemas.training.TEXT_LIBRARIES) == set(TEXT_LIBRARIES)
     assert set(schemas.demo.BUILT_IN_SPLITS) == set(SPLITS)
+
+
+def test_a_list_can_be_given_as_an_argument():
+    config = parse("pretrain", ["data", "out", "caption_fields=[txt.lines, json.alt]"])
+    assert isinstance(config, schemas.PretrainConfig)
+    assert config.caption_fields == ["txt.lines", "json.alt"]

@@ -53,6 +53,7 @@ def test_places(places, text, fields, expected):
         ((), b" \n", None, Reason.EMPTY_CAPTION),
         (("json.alt",), None, {"alt": ["", " "]}, Reason.EMPTY_CAPTION),
         ((), b"\xff", None, Reason.BAD_TEXT),
+        ((), None, {"caption": "half a pair: \ud800"}, Reason.BAD_TEXT),
         ((), b"x" * (1 << 17), None, Reason.TOO_MANY_BYTES),
     ],
 )

@@ -10,7 +10,8 @@ from shards_corpus import SIDE, write_set
 from shards import manifest as manifest_module
 from shards.damage import Reason
 from shards.loader import ShardLoader, iterate
-from shards.manifest import QUARANTINE_FILE, Manifest, cache_folder
+from shards.manifest import Manifest, cache_folder
+from shards.quarantine import QUARANTINE_FILE
 from shards.storage import storage_of
 
 
@@ -149,12 +150,29 @@ def test_what_is_set_aside_is_out_of_the_order_and_told(folder):
 
 def test_a_list_of_other_shards_is_refused(folder, tmp_path):
     path = set_aside(folder, [1])
-    write_set(tmp_path / "other", [3, 0, 4, 2, 5])
-    shutil.copy(tmp_path / "other" / "004.tar", folder)
+    write_set(tmp_path / "other", [2, 0, 4, 2])
+    shutil.copy(tmp_path / "other" / "002.tar", folder)  # the list does not speak of this one
+    assert len(Manifest.open(folder)) == 8
+    shutil.copy(tmp_path / "other" / "000.tar", folder)
     with pytest.raises(ValueError, match=r"quarantine\.json was made for other shards"):
         Manifest.open(folder)
     path.unlink()
-    assert len(Manifest.open(folder)) == 14
+    assert len(Manifest.open(folder)) == 8
+
+
+def test_lists_of_parts_and_of_the_whole_go_together(folder):
+    """What is set aside of some shards holds in the folder, and the other way round."""
+    set_aside(f"{folder}/000.tar", [1])
+    assert numbers(Manifest.open(folder)) == [0, 2, 3, 4, 5, 6, 7, 8]
+    set_aside(f"{folder}/{{002,003}}.tar", [0, 5])
+    assert numbers(Manifest.open(folder)) == [0, 2, 4, 5, 6, 7]
+    assert numbers(Manifest.open(f"{folder}/00{{2..3}}.tar")) == [4, 5, 6, 7]
+    set_aside(folder, [2])  # all shards were looked at, and this is all that is bad
+    assert numbers(Manifest.open(f"{folder}/000.tar")) == [0, 1]
+    whole = Manifest.open(folder, quarantine=False)
+    assert whole.set_aside({}) is None
+    assert not (folder / QUARANTINE_FILE).exists()
+    assert Manifest.open(folder).fingerprint == whole.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -162,13 +180,17 @@ def test_a_list_of_other_shards_is_refused(folder, tmp_path):
     [
         ("{", "unreadable"),
         ("[]", "unreadable"),
-        ('{"fingerprint": 3, "samples": [{}]}', "unreadable"),
-        ('{"fingerprint": "FP", "samples": [{"row": 99, "shard": "", "key": "", '
-         '"reason": "no image", "detail": ""}]}', "other shards"),
+        ('{"version": 9, "shards": {}}', "version 9"),
+        ('{"version": 1, "shards": {"000.tar": {"identity": "ID"}}}', "unreadable"),
+        ('{"version": 1, "shards": {"000.tar": {"identity": "other", "samples": []}}}', "other"),
+        (
+            '{"version": 1, "shards": {"000.tar": {"identity": "ID", "samples": [{"row": 3}]}}}',
+            "other shards",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_list_is_told_in_a_line(folder, content, message):
-    content = content.replace("FP", Manifest.open(folder).fingerprint)
+    content = content.replace("ID", Manifest.open(folder).shards[0].identity)
     (folder / QUARANTINE_FILE).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         Manifest.open(folder)

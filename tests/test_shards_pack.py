@@ -743,3 +743,18 @@ def test_the_demo_names_its_sources():
     licences = {path.stem for path in (FOLDER / "LICENSES").iterdir()}
     assert licences == {"Apache-2.0", "OFL-1.1", "MIT", "CC-BY-4.0", "Unicode-3.0"}
     assert "Copyright Twitter, Inc and other contributors" in text
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"caption": "half a pair: \ud800"},
+        {"caption": "x", "fields": {"title": "half a pair: \udfff"}},
+        {"caption": "x", "fields": {"\ud800": 1}},
+    ],
+)
+def test_text_that_is_no_unicode_is_a_bad_record(tmp_path, record):
+    records = [Record("a", picture(1), **record), Record("b", picture(2), "fine")]
+    manifest = pack(records, tmp_path / "out")
+    assert [problem.reason for problem in manifest.problems] == [Reason.BAD_TEXT]
+    assert manifest.keys.to_pylist() == ["b"]

@@ -105,7 +105,7 @@ def safe_key(name: str) -> str:
     """
     key = _UNFIT.sub("-", name.strip("/"))
     if not key or len(key) > MAX_KEY or _UNFIT.search(name.replace("/", "-")):
-        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         key = f"{key[: MAX_KEY - 9]}-{digest}"
     return key
 
@@ -165,7 +165,7 @@ def read_file(path: Path) -> bytes:
 
 def plain(text: str) -> str:
     """A text without the surrogates that stand for bytes that are not UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def keeps(where: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
@@ -199,5 +199,5 @@ def identity(kind: str, options: Mapping[str, Any], files: Iterable[Path]) -> st
         with suppress(OSError):  # a link that leads nowhere is told when it is read
             facts = path.stat()
             line += f"\0{facts.st_size}\0{facts.st_mtime_ns}"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
