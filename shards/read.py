@@ -70,6 +70,8 @@ class ShardReader:
             samples: Sample ids, in any order.
             fields: Names of the fields that will be read; all of them unless stated.
         """
+        if self._is_stopped:
+            return
         ids = np.sort(samples)
         first = np.full(len(ids), np.iinfo(np.int64).max)
         last = np.full(len(ids), -1, np.int64)
