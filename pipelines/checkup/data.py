@@ -49,13 +49,11 @@ class Look:
 
     Attributes:
         manifest: The data set.
-        shards: Numbers of the shards that were meant to be looked into.
         seen: The good samples.
         bad: What is wrong with the others, by row.
     """
 
     manifest: Manifest
-    shards: list[int]
     seen: list[Seen] = field(default_factory=list)
     bad: dict[int, Problem] = field(default_factory=dict)
 
@@ -63,6 +61,11 @@ class Look:
     def count(self) -> int:
         """Samples looked at."""
         return len(self.seen) + len(self.bad)
+
+    @property
+    def shards(self) -> list[int]:
+        """Numbers of the shards that were looked into."""
+        return sorted({*self._shards_of([one.row for one in self.seen] + list(self.bad))})
 
     @property
     def bad_share(self) -> float:
@@ -102,7 +105,8 @@ def look(manifest: Manifest, rule: CaptionRule, *, shards: int, seconds: float) 
     """
     filled = np.flatnonzero([shard.samples for shard in manifest.shards])
     spread = np.linspace(0, len(filled) - 1, min(shards, len(filled)))
-    found = Look(manifest, filled[np.unique(spread.round().astype(int))].tolist())
+    numbers = filled[np.unique(spread.round().astype(int))].tolist()
+    found = Look(manifest)
     reader = ShardReader(manifest)
 
     def one(row: int) -> Seen | Problem:
@@ -111,7 +115,7 @@ def look(manifest: Manifest, rule: CaptionRule, *, shards: int, seconds: float) 
         except BadSample as bad:
             return manifest.problem(row, bad.reason, bad.detail)
 
-    rows = _rows(manifest, found.shards)
+    rows = _rows(manifest, numbers)
     local = all(storage.folder is not None for storage in manifest.storages)
     workers = 0 if local else _REMOTE_WORKERS
     until = time.perf_counter() + seconds
