@@ -28,7 +28,7 @@ from pipelines.schemas import DemoConfig, EmbedConfig
 from shards import demo as data
 from shards.demo.edits import ComposedPair, composed_pairs, split_by_base
 from shards.manifest import MANIFEST_FILE
-from shards.write import pack
+from shards.packing import pack
 
 HELD_OUT_BASES = 0.5
 """Share of the base concepts whose composed queries are kept for the test."""

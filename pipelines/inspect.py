@@ -22,14 +22,14 @@ from pipelines.inspect_look import Copies, Overlap, Seen, find_copies, find_over
 from pipelines.inspect_page import write_page
 from pipelines.inspect_text import lines
 from pipelines.schemas import InspectConfig
-from shards.audit import Mismatch, Spread, Survey, changed_shards, mismatches, survey
+from shards.audit.examine import captions_of, draw
+from shards.audit.repair import MendedSource
+from shards.audit.survey import Mismatch, Spread, Survey, changed_shards, mismatches, survey
 from shards.captions import CaptionRule
 from shards.damage import Reason
-from shards.examine import captions_of, draw
 from shards.manifest import Manifest
+from shards.packing import WORK_FOLDER, pack
 from shards.quarantine import QUARANTINE_FILE
-from shards.repair import MendedSource
-from shards.write import WORK_FOLDER, pack
 
 FOUND = 3
 """Exit code where something was found that nobody has dealt with yet."""

@@ -22,8 +22,8 @@ from eval.duplicates import (
     joined,
     members,
 )
+from shards.audit.examine import Prospect, examine
 from shards.captions import CaptionRule
-from shards.examine import Prospect, examine
 from shards.manifest import Manifest
 
 KINDS = ("same file", "same pixels", "looks alike")

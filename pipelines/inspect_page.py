@@ -10,10 +10,10 @@ from PIL import Image
 from eval.report import Histogram, Hit, Number, Page, Query, Twins
 from pipelines.inspect_look import Copies, Overlap, Seen
 from pipelines.inspect_text import counts, size, spread, verdict
+from shards.audit.examine import captions_of
 from shards.captions import CaptionRule
 from shards.damage import BadSample
 from shards.decode import decode_image
-from shards.examine import captions_of
 from shards.read import ShardReader
 
 _SHOWN = 40

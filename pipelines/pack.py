@@ -10,9 +10,9 @@ from tqdm import tqdm
 from pipelines.schemas import PackConfig
 from shards.damage import Problem
 from shards.manifest import Manifest
-from shards.recode import Recode
+from shards.packing import pack
+from shards.packing.recode import Recode
 from shards.sources import Source, find_format, open_source
-from shards.write import pack
 
 _SHOWN_PROBLEMS = 10
 _SECONDS_BETWEEN_LINES = 10

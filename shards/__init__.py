@@ -2,16 +2,20 @@
 
 | module | holds |
 |---|---|
-| `sources` | records out of what people have: Parquet tables, folders of pictures |
-| `write` | `pack`: records into tar shards and a manifest |
+| `sources`, `packing` | records out of what people have; records into shards and a manifest |
+| `storage` | where shards lie: folders, URLs, compressed files, the local cache |
 | `tar` | what is inside a tar file, found by one walk over its headers |
 | `manifest` | `Manifest`: shards, samples, offsets, fingerprint |
-| `order` | `Order`: which sample stands at which position, a pure function |
+| `quarantine` | samples that were set aside |
+| `order` | `Order` and `Mixture`: which sample stands at which position, a pure function |
 | `read` | `ShardReader`: the bytes of a sample |
-| `decode` | bytes into pixels, captions and fields, within limits |
+| `decode`, `native` | bytes into pixels, within limits; torchvision's decoders, watched |
+| `crop`, `augment` | random boxes and random changes, functions of (seed, epoch, sample) |
+| `captions` | where captions stand, and which of several is drawn |
 | `damage` | bad samples: reasons, counts, lists |
 | `batch` | `Batch`: decoded samples that are used together |
 | `loader` | `ShardLoader` for training, `iterate` for one pass in order |
+| `audit` | what a data set holds and what is wrong with it; a repaired copy |
 | `prefetch`, `atomic` | threads that work ahead; files that are whole or absent |
 | `demo` | the built-in data set |
 """

@@ -67,7 +67,7 @@ class Manifest:
     """A data set: its shards, and one row per sample.
 
     Get one with `Manifest.open` (load or, where there is none, scan), `Manifest.load`,
-    `Manifest.scan`, `Manifest.joined`, or from `shards.write.pack`.
+    `Manifest.scan`, `Manifest.joined`, or from `shards.packing.pack`.
 
     Attributes:
         storages: Where the shards lie: one place, or several for a joined manifest.

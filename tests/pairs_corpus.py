@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.tokenizer import Tokenizer
 from shards.manifest import Manifest
+from shards.packing import pack
 from shards.sources import Record
-from shards.write import pack
 
 COLOURS = {
     "red": (220, 30, 40),

@@ -13,8 +13,8 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from shards.loader import Batch
 from shards.manifest import Manifest
+from shards.packing import pack
 from shards.sources import Record
-from shards.write import pack
 
 TEMPLATES = ["{caption}", "a {colour} thing", "{caption} of {hand}"]
 FIELDS = {"colour": "red", "hand": "one"}
@@ -92,6 +92,7 @@ def batch(captions: list[str], fields: list[dict]) -> Batch:
     return Batch(
         images=torch.zeros(rows, 3, 2, 2, dtype=torch.uint8),
         captions=captions,
+        all_captions=[[caption] for caption in captions],
         ids=torch.arange(rows),
         keys=[f"key{row}" for row in range(rows)],
         fields=fields,

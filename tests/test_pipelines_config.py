@@ -21,6 +21,7 @@ from pipelines.config import (
     read_yaml,
     to_yaml,
 )
+from pipelines.schemas import demo, training
 
 SHIPPED = sorted(shipped("demo").parent.glob("*.yaml"))
 PRETRAIN: dict[str, Any] = {"data": "shards", "out": "run"}
@@ -401,7 +402,7 @@ def test_the_demo_fills_in_paths_and_splits():
     assert config.pretrain.bundle == out / "bundle"
     assert config.fuse.index == config.index.out == out / "index"
     assert {task.data for task in config.evaluate.tasks.values()} <= {
-        str(out / "shards" / name) for name in schemas.demo.BUILT_IN_SPLITS
+        str(out / "shards" / name) for name in demo.BUILT_IN_SPLITS
     }
 
 
@@ -409,9 +410,9 @@ def test_the_libraries_and_splits_that_are_checked_early_are_those_that_exist():
     from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES
     from shards.demo import SPLITS
 
-    assert set(schemas.training.IMAGE_LIBRARIES) == set(IMAGE_LIBRARIES)
-    assert set(schemas.training.TEXT_LIBRARIES) == set(TEXT_LIBRARIES)
-    assert set(schemas.demo.BUILT_IN_SPLITS) == set(SPLITS)
+    assert set(training.IMAGE_LIBRARIES) == set(IMAGE_LIBRARIES)
+    assert set(training.TEXT_LIBRARIES) == set(TEXT_LIBRARIES)
+    assert set(demo.BUILT_IN_SPLITS) == set(SPLITS)
 
 
 def test_a_list_can_be_given_as_an_argument():

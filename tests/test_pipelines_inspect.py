@@ -20,8 +20,8 @@ from pipelines.inspect_text import counts, size, spread
 from pipelines.schemas import InspectConfig
 from shards.loader import ShardLoader
 from shards.manifest import Manifest
+from shards.packing import pack
 from shards.sources import Record
-from shards.write import pack
 
 
 def inspect(*arguments: object) -> int:

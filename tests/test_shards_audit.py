@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from shards_corpus import SIDE, picture, sample, write_set, write_tar
 
-from shards.audit import Mismatch, Spread, by_reason, changed_shards, mismatches, survey
+from shards.audit.examine import Prospect, captions_of, draw, examine, plain_caption, script
+from shards.audit.repair import MendedSource
+from shards.audit.survey import Mismatch, Spread, by_reason, changed_shards, mismatches, survey
 from shards.captions import CaptionRule
 from shards.damage import DamageTally, Reason
 from shards.decode import Limits
-from shards.examine import Prospect, captions_of, draw, examine, plain_caption, script
 from shards.loader import iterate
 from shards.manifest import Manifest
-from shards.repair import MendedSource
+from shards.packing import pack
 from shards.sources import Record
-from shards.write import pack
 
 
 def scanned(folder, members):

@@ -10,10 +10,10 @@ from shards_corpus import SIDE, numbers_in, picture, sample, write_set, write_ta
 from shards.damage import DamageTally, Problem, Reason
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
-from shards.storage import LocalStorage
+from shards.packing import pack
 from shards.sources import Record
+from shards.storage import LocalStorage
 from shards.tar import read_tar, unsafe
-from shards.write import pack
 
 
 def good_ids(manifest):

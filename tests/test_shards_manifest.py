@@ -102,9 +102,11 @@ def unwritable(monkeypatch, folder):
 
 def set_aside(place, rows):
     manifest = Manifest.open(place, quarantine=False)
-    return manifest.set_aside(
+    path = manifest.set_aside(
         {row: manifest.problem(row, Reason.UNDECODABLE, "found by a look at all") for row in rows}
     )
+    assert path is not None
+    return path
 
 
 @pytest.mark.parametrize("read_only", [False, True])

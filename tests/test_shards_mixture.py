@@ -121,7 +121,7 @@ def two(tmp_path_factory):
 
 
 def stream(two, *, start=0, count=15, ranks=1, workers=0):
-    out = []
+    out, report = [], {}
     for rank in range(ranks):
         sources = [Source(two[0], 1.0), Source(two[1], 2.0)]
         with ShardLoader(

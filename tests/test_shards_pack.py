@@ -28,11 +28,11 @@ from shards.decode import Limits
 from shards.demo import FOLDER, SPLITS
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
+from shards.packing import WORK_FOLDER, pack
+from shards.packing.recode import Recode
+from shards.packing.sidecars import SIDECARS
 from shards.read import ShardReader
-from shards.recode import Recode
-from shards.sidecars import SIDECARS
 from shards.sources import MAX_KEY, FolderSource, ParquetSource, Record, Source, safe_key
-from shards.write import WORK_FOLDER, pack
 
 
 def records(count, *, bad=()):
@@ -448,7 +448,7 @@ def test_a_pack_that_was_killed_goes_on(tmp_path):
     script = f"""
 import os, signal
 from shards.sources import FolderSource
-from shards.write import pack
+from shards.packing import pack
 
 class Deadly(FolderSource):
     def record(self, index):

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from shards.damage import BadSample, Reason
 from shards.decode import Limits, decode_image
-from shards.recode import Recode, recode
+from shards.packing.recode import Recode, recode
 
 
 def encoded(size, form="PNG", *, mode="RGB", seed=0, **options):

@@ -11,10 +11,10 @@ import pytest
 from shards_corpus import picture
 
 from shards.manifest import Manifest
-from shards.recode import Recode
-from shards.sidecars import SIDECARS, possible_names
+from shards.packing import pack
+from shards.packing.recode import Recode
+from shards.packing.sidecars import SIDECARS, possible_names
 from shards.sources import Record
-from shards.write import pack
 
 
 @pytest.fixture(scope="module")

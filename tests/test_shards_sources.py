@@ -19,6 +19,7 @@ from shards.damage import Reason
 from shards.decode import Limits
 from shards.loader import iterate
 from shards.manifest import Manifest
+from shards.packing import pack
 from shards.read import ShardReader
 from shards.sources import (
     FORMATS,
@@ -36,7 +37,6 @@ from shards.sources import (
     open_source,
     parquet,
 )
-from shards.write import pack
 
 PAIRS = {
     "p0": ["one cat"],

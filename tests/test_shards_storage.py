@@ -14,13 +14,12 @@ import pytest
 import zstandard
 from shards_corpus import write_set
 
-from shards import unpack
-from shards.cache import Cache
 from shards.damage import BadSample, Reason
 from shards.loader import ShardLoader
 from shards.manifest import Manifest
 from shards.read import ShardReader
-from shards.storage import LocalStorage, Reading, storage_of
+from shards.storage import LocalStorage, Reading, storage_of, unpack
+from shards.storage.cache import Cache
 
 SIZES = [30, 20, 25]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from shards.atomic import replacing, sync_folder
 from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
+from shards.packing.sidecars import possible_names
 from shards.quarantine import QUARANTINE_FILE
-from shards.sidecars import possible_names
 
 WORK_FOLDER = ".packing"
 """Where a pack grows inside its folder; what a pack that was cut off leaves behind."""

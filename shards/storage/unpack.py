@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import zstandard
 
-from shards.cache import DIGEST_BYTES, Cache, OpenFile, Recent
 from shards.damage import BadSample, Reason
-from shards.storage import PACKED_SUFFIXES, ByteStream, Reading, Storage
+from shards.storage.cache import DIGEST_BYTES, Cache, OpenFile, Recent
+from shards.storage.storage import PACKED_SUFFIXES, ByteStream, Reading, Storage
 
 # What an unpacker reads at a time is lost with the damage that it finds there.
 _CHUNK = 1 << 17

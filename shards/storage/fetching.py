@@ -19,7 +19,7 @@ from tenacity import (
 )
 
 from shards.damage import BadSample, Reason
-from shards.transport import TroubleError
+from shards.storage.transport import TroubleError
 
 Key = tuple[str, int]
 Result = TypeVar("Result")

@@ -15,18 +15,16 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from shards.assemble import Rules, ShardWriter, WrittenShard, too_strict
 from shards.damage import Problem
 from shards.decode import Limits
 from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
 from shards.order import hash64
-from shards.recode import Recode
-from shards.sidecars import SIDECARS, PackedShard, check_names
+from shards.packing.assemble import Rules, ShardWriter, WrittenShard, too_strict
+from shards.packing.recode import Recode
+from shards.packing.sidecars import SIDECARS, PackedShard, check_names
+from shards.packing.work import WorkFolder
 from shards.sources import Record
 from shards.tar import TarContent
-from shards.work import WORK_FOLDER, WorkFolder
-
-__all__ = ["WORK_FOLDER", "pack"]
 
 # Changes where shards made of the same records would differ, so that no old ones are gone on with.
 _RECIPE = 1
@@ -63,7 +61,7 @@ def pack(
         shuffle_seed: Mixes the records. A sequence is mixed by its index; any other iterable is
             held in memory for it.
         recoding: What becomes of pictures; they keep their bytes unless stated.
-        sidecars: Names from `shards.sidecars.SIDECARS`: files for other tools, beside the shards.
+        sidecars: Names from `SIDECARS`: files for other tools, beside the shards.
         strict: Stop at the first bad record instead of leaving it out.
         overwrite: Replace a packed data set in `out`, once the new one is whole.
         limits: What a record may ask for.

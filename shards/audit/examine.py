@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt64
 from numpy import ndarray
 from PIL import Image
 
-from shards.audit import Spread
+from shards.audit.survey import Spread
 from shards.captions import CaptionRule
 from shards.damage import BadSample, Problem, Reason
 from shards.decode import Limits, decode_image, sniff_extension

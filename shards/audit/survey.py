@@ -1,7 +1,7 @@
 """What can be said of a data set without decoding it: counts, sizes, damage, disagreements.
 
 Everything here comes from the manifest (one walk over the headers, made once) and from the small
-files that tools leave beside shards. What is inside the samples is `shards.examine`'s.
+files that tools leave beside shards. What is inside the samples is `shards.audit.examine`'s.
 """
 
 import hashlib

@@ -17,11 +17,11 @@ from shards.atomic import replacing
 from shards.damage import BadSample, Problem, Reason, TooMuchDamageError
 from shards.decode import Limits, decode_caption, decode_fields
 from shards.manifest import CAPTION_FIELD, JSON_FIELD
-from shards.recode import Recode, Recoded, recode
+from shards.packing.recode import Recode, Recoded, recode
+from shards.packing.work import WorkFolder
 from shards.sources import MAX_KEY, Record
 from shards.sources.record import plain
 from shards.tar import TarContent, read_tar
-from shards.work import WorkFolder
 
 _FIT_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}")
 _Members = dict[str, str | bytes]

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
-from shards.cache import Cache, OpenFile, Recent
 from shards.damage import BadSample, Reason
-from shards.fetching import Ahead, Insistence, Shared
-from shards.storage import ByteStream, Reading, Storage, shards_among
-from shards.transport import Facts, RangelessError, RefusedError, Transport, TroubleError
+from shards.storage.cache import Cache, OpenFile, Recent
+from shards.storage.fetching import Ahead, Insistence, Shared
+from shards.storage.storage import ByteStream, Reading, Storage, shards_among
+from shards.storage.transport import Facts, RangelessError, RefusedError, Transport, TroubleError
 
 # Blocks kept open as files of the cache, and in memory where there is no cache.
 _OPEN_BLOCKS, _MEMORY_BLOCKS = 128, 32
