@@ -29,7 +29,8 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.startup $(ARGS)
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.loader
 
 setup: $(READY)
 

@@ -1,7 +1,8 @@
 """The command line: `align VERB [CONFIG.yaml] [values in order] [key.path=value ...]`.
 
 This module and all it imports stay free of torch, so that help and mistakes come at once.
-Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130 interrupted.
+Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 3 `inspect` or `doctor` found
+something wrong, 130 interrupted.
 """
 
 import os
@@ -40,9 +41,11 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb(schemas.DemoConfig, "pipelines.demo:run", "train and show all on built-in data"),
     "pack": Verb(schemas.PackConfig, "pipelines.pack:run", "image-text pairs into shards"),
-    "doctor": Verb(schemas.DoctorConfig, "pipelines.doctor:run", "what a training run would meet"),
+    "doctor": Verb(
+        schemas.DoctorConfig, "pipelines.doctor:run", "would training run, and how fast"
+    ),
     "inspect": Verb(
-        schemas.InspectConfig, "pipelines.inspect:run", "what is in shards; damage; copies"
+        schemas.InspectConfig, "pipelines.inspect:run", "what shards hold; damage; copies"
     ),
     "pretrain": Verb(schemas.PretrainConfig, "pipelines.pretrain:run", "train a dual encoder"),
     "embed": Verb(schemas.EmbedConfig, "pipelines.embed:run", "shards into an embedding table"),

@@ -15,6 +15,7 @@ from shards.crop import RandomCrop
 from shards.damage import DamageTally, Problem
 from shards.decode import Limits
 from shards.manifest import Manifest
+from shards.native import NATIVE
 from shards.order import Mixture, Order
 from shards.prefetch import ordered_map
 
@@ -179,6 +180,7 @@ class ShardLoader:
             "fingerprint": self.manifest.fingerprint,
             **self._tally.report(),
             "left_out": [problem.as_dict() for problem in self.manifest.problems],
+            "decoders": dict(NATIVE.states),
         }
         if isinstance(self.order, Mixture):
             given = self.order.consumed(self.consumed)

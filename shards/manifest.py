@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from shards.atomic import replacing
 from shards.damage import BadSample, Problem, Reason
@@ -481,14 +482,25 @@ def cache_folder(storage: Storage) -> Path:
 
 
 def _walks(storage: Storage) -> Iterator[TarContent]:
-    for name, size in storage.tars():
-        try:
-            with storage.open(name) as stream:
-                content = read_tar(stream, name)
-        except BadSample as bad:
-            content = TarContent(name, problems=[Problem(name, "", bad.reason, bad.detail)])
-        content.bytes = size
-        yield content
+    """One walk over the headers of each shard; a bar tells how far it is where that takes long."""
+    tars = storage.tars()
+    with tqdm(
+        desc=f"scanning {storage.url}",
+        total=sum(size for _, size in tars),
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=None,
+    ) as bar:
+        for name, size in tars:
+            try:
+                with storage.open(name) as stream:
+                    content = read_tar(stream, name)
+            except BadSample as bad:
+                content = TarContent(name, problems=[Problem(name, "", bad.reason, bad.detail)])
+            content.bytes = size
+            bar.update(size)
+            yield content
 
 
 def _problem(entry: dict[str, str]) -> Problem:

@@ -490,16 +490,21 @@ def test_an_interrupt_ends_the_threads_at_once(tmp_path):
 
     # The signal reaches the main thread, which waits for the first shard.
     timer = threading.Thread(target=interrupt)
+    # A shell's background job starts with interrupts ignored; a terminal's does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        pack(
-            Slow(1000),
-            tmp_path,
-            samples_per_shard=500,
-            workers=2,
-            progress=lambda *_: entered.set(),
-        )
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pack(
+                Slow(1000),
+                tmp_path,
+                samples_per_shard=500,
+                workers=2,
+                progress=lambda *_: entered.set(),
+            )
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 0 < len(seen) < 500
     assert not [one for one in threading.enumerate() if one.name.startswith("pack")]
 

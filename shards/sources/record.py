@@ -21,6 +21,7 @@ MAX_KEY = 80
 PICTURES = (".webp", ".jpg", ".jpeg", ".png", ".gif", ".bmp")
 """Endings of files that are taken for pictures."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 # No picture is larger; a path in a table may name anything, a disk image or an endless device.
 _MAX_BYTES = 256 << 20
@@ -164,8 +165,8 @@ def read_file(path: Path) -> bytes:
 
 
 def plain(text: str) -> str:
-    """A text without the surrogates that stand for bytes that are not UTF-8."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    """A text without surrogates, which stand for bytes that are not UTF-8."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def keeps(where: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
