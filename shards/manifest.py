@@ -10,22 +10,21 @@ others close up.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from shards.atomic import replacing
-from shards.damage import BadSample, Problem, Reason
+from shards.damage import Problem, Reason
 from shards.quarantine import QUARANTINE_FILE, read_list, written_list
+from shards.scan import sample_table, walks
 from shards.storage import LocalStorage, Storage, storage_of
-from shards.tar import TarContent, read_tar
+from shards.tar import TarContent
 
 MANIFEST_FILE = "manifest.json"
 SAMPLES_FILE = "samples.parquet"
@@ -35,7 +34,6 @@ CAPTION_FIELD = "txt"
 JSON_FIELD = "json"
 
 _VERSION = 1
-_MAX_FIELDS = 256
 
 
 @dataclass(frozen=True)
@@ -282,10 +280,10 @@ class Manifest:
         for number, content in enumerate(contents):
             size = len(content.samples)
             shards.append(Shard(content.name, size, content.bytes, content.headers, content.sha256))
-            tables.append(_sample_table(storage.url, number, content))
+            tables.append(sample_table(storage.url, number, content))
             problems.extend(content.problems)
         if not tables:
-            tables.append(_sample_table(storage.url, 0, TarContent("")))
+            tables.append(sample_table(storage.url, 0, TarContent("")))
         samples = pa.concat_tables(tables, promote_options="default")
         fields = sorted(name for name in samples.column_names if "." in name)
         return cls(storage, shards, samples.select(["shard", "key", *fields]), problems)
@@ -443,7 +441,7 @@ class Manifest:
 
     @classmethod
     def _scan(cls, storage: Storage) -> "Manifest":
-        manifest = cls.from_contents(storage, _walks(storage))
+        manifest = cls.from_contents(storage, walks(storage))
         if not len(manifest):
             first = f"; first problem: {manifest.problems[0]}" if manifest.problems else ""
             raise ValueError(f"{storage.url}: no sample in {len(manifest.shards)} tar files{first}")
@@ -481,28 +479,6 @@ def cache_folder(storage: Storage) -> Path:
     return root / "clip-align" / "manifests" / name
 
 
-def _walks(storage: Storage) -> Iterator[TarContent]:
-    """One walk over the headers of each shard; a bar tells how far it is where that takes long."""
-    tars = storage.tars()
-    with tqdm(
-        desc=f"scanning {storage.url}",
-        total=sum(size for _, size in tars),
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=None,
-    ) as bar:
-        for name, size in tars:
-            try:
-                with storage.open(name) as stream:
-                    content = read_tar(stream, name)
-            except BadSample as bad:
-                content = TarContent(name, problems=[Problem(name, "", bad.reason, bad.detail)])
-            content.bytes = size
-            bar.update(size)
-            yield content
-
-
 def _problem(entry: dict[str, str]) -> Problem:
     return Problem(**{**entry, "reason": Reason(entry["reason"])})
 
@@ -513,20 +489,3 @@ def _fits(samples: pa.Table, shards: Sequence[Shard]) -> bool:
         return False
     numbers = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
     return np.array_equal(samples["shard"].to_numpy(), numbers)
-
-
-def _sample_table(place: str, number: int, content: TarContent) -> pa.Table:
-    """The rows of one shard."""
-    samples = content.samples
-    fields = {name for sample in samples for name in sample.spans}
-    if len(fields) > _MAX_FIELDS:
-        raise ValueError(f"{place}: {len(fields)} kinds of members; these are not pairs of files")
-    columns: dict[str, Any] = {
-        "shard": pa.array(np.full(len(samples), number, np.int32)),
-        "key": pa.array([sample.key for sample in samples], pa.string()),
-    }
-    for name in fields:
-        spans = [sample.spans.get(name, (None, None)) for sample in samples]
-        columns[f"{name}.offset"] = pa.array([span[0] for span in spans], pa.int64())
-        columns[f"{name}.size"] = pa.array([span[1] for span in spans], pa.int64())
-    return pa.table(columns)
