@@ -1,6 +1,6 @@
 """`align embed`: shards through a model into an embedding table; and the same in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def embed_pairs(
     where: Mapping[str, Any] | None = None,
     batch_size: int = 256,
     image_size: int | None = None,
+    captions: Sequence[str] = (),
     max_bad_fraction: float = 0.05,
     strict: bool = False,
 ) -> EmbeddedPairs:
@@ -92,7 +93,10 @@ def embed_pairs(
     images, captions, fields, ids, keys = [], [], [], [], []
     size = image_size or model.config.image_size
     tally = DamageTally(total=len(manifest), max_fraction=max_bad_fraction, strict=strict)
-    for batch in iterate(manifest, batch_size=batch_size, image_size=size, tally=tally):
+    stream = iterate(
+        manifest, batch_size=batch_size, image_size=size, captions=captions, tally=tally
+    )
+    for batch in stream:
         rows = select(batch, where or {})
         if not len(rows):
             continue

@@ -41,9 +41,13 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
     evaluations: dict[str, Evaluation] = {}
     tasks = config.tasks
     if not tasks and config.data is not None:
-        tasks = {"retrieval": TaskConfig(task="retrieval", data=config.data)}
+        tasks = {
+            "retrieval": TaskConfig(
+                task="retrieval", data=config.data, caption_fields=config.caption_fields
+            )
+        }
     for title, task in tasks.items():
-        place = f"{task.data} {sorted(task.where.items())}"
+        place = f"{task.data} {sorted(task.where.items())} {task.caption_fields}"
         if place not in embedded:
             manifest = Manifest.open(task.data)
             embedded[place] = embed_pairs(
@@ -51,6 +55,7 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
                 manifest,
                 where=task.where,
                 batch_size=config.batch_size,
+                captions=task.caption_fields,
                 max_bad_fraction=config.max_bad_fraction,
                 strict=config.strict,
             )

@@ -87,6 +87,8 @@ _MAY_CHANGE = {
     "log_every",
     "save_every",
     "keep",
+    "max_bad_fraction",
+    "strict",
     "validation",
 }
 
@@ -303,6 +305,9 @@ def validate(training: Training) -> dict[str, Any]:
             config.validation.data,
             where=config.validation.where,
             image_size=training.image_size,
+            captions=config.caption_fields,
+            max_bad_fraction=config.max_bad_fraction,
+            strict=config.strict,
         )
         report = retrieval_report(embedded)
         figures = {

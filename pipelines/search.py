@@ -38,11 +38,15 @@ def run(config: SearchConfig) -> int:
     print(f"{asked}  ({searcher.card.rows} pictures in {config.index})")
     for place_, (score, row) in enumerate(zip(found.scores[0], found.rows[0], strict=True), 1):
         print(f"{place_:3d}  {score:6.3f}  {row['caption']}  [{row['key']}]")
-    data = Path(searcher.card.origin.get("data", "unknown"))
-    if not data.is_dir():
-        print(f"no picture drawn: the shards are no longer at {data}")
+    data = searcher.card.origin.get("data", "unknown")
+    try:
+        pictures = Pictures(data)
+    except (ValueError, OSError) as error:
+        print(f"no picture drawn: the shards are no longer at {data} ({error})")
         return 0
-    pictures = Pictures(data)
+    if pictures.manifest.fingerprint != searcher.card.fingerprints["data"]:
+        print(f"no picture drawn: {data} holds other samples than were embedded; embed it again")
+        return 0
     hits = [
         GridHit(pictures[row["id"]], row["caption"], float(score))
         for score, row in zip(found.scores[0], found.rows[0], strict=True)

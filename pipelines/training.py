@@ -86,6 +86,7 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     with accelerator.main_process_first():  # a scan is made once, and kept for the others
         sources = open_sources(config)
     loader = make_loader(config, sources, accelerator)
+    refuse_different_data(loader.manifest)
     captions = CaptionWriter(config.captions, seed=config.seed)
     manifest = loader.manifest
     # The first sample tells whether the field is there, before anything is written.
@@ -103,6 +104,21 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     return assemble(
         config, accelerator, loader=loader, augment=augment, captions=captions, tokenizer=tokenizer
     )
+
+
+def refuse_different_data(manifest: Manifest) -> None:
+    """All processes must have the same samples, or some would be seen twice and others never.
+
+    Raises:
+        ConfigError: they differ, such as by a quarantine list in the cache of one machine.
+    """
+    prints = gather_object([manifest.fingerprint])
+    if len(set(prints)) > 1:
+        raise ConfigError(
+            f"{manifest.place}: the processes see different samples (fingerprints "
+            f"{', '.join(sorted({one[:12] for one in prints}))}); have the same shards and the "
+            "same quarantine.json on every machine"
+        )
 
 
 def assemble(

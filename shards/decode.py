@@ -94,8 +94,7 @@ def decode_square(
     """Decodes a part of a picture to a square: what training reads.
 
     The order is: header, limits, box, decoding, box cut out, resizing of the box alone. `"exact"`
-    gives `fit_square(decode_image(data), size)`, for any box: bit for bit where torchvision and
-    Pillow were built with the same codecs, else within the bounds of `shards.native`.
+    gives `fit_square(decode_image(data), size)`, for any box, bit for bit.
 
     `"fast"` reads a JPEG at a half, a quarter or an eighth of its size while the box still has
     twice the pixels of the square; the box is then rounded to whole pixels of that smaller picture.

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import replacing
-from shards.damage import Problem, Reason
-from shards.quarantine import QUARANTINE_FILE, read_list, written_list
+from shards.damage import BadSample, Problem, Reason
+from shards.quarantine import QUARANTINE_FILE, read_lists, written_list
 from shards.scan import sample_table, walks
 from shards.storage import LocalStorage, Storage, storage_of
 from shards.tar import TarContent
@@ -47,6 +47,7 @@ class Shard:
         headers: SHA-256 of its tar headers.
         sha256: SHA-256 of the whole file; empty where only the headers were read.
         source: Which of the manifest's storages it lies in.
+        version: What `Storage.version` said when it was scanned; empty where it was packed here.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Shard:
     headers: str
     sha256: str = ""
     source: int = 0
+    version: str = ""
 
     @property
     def identity(self) -> str:
@@ -279,7 +281,16 @@ class Manifest:
         problems: list[Problem] = []
         for number, content in enumerate(contents):
             size = len(content.samples)
-            shards.append(Shard(content.name, size, content.bytes, content.headers, content.sha256))
+            shards.append(
+                Shard(
+                    content.name,
+                    size,
+                    content.bytes,
+                    content.headers,
+                    content.sha256,
+                    version=content.version,
+                )
+            )
             tables.append(sample_table(storage.url, number, content))
             problems.extend(content.problems)
         if not tables:
@@ -319,7 +330,7 @@ class Manifest:
         """Writes the quarantine list: `open` leaves these samples out from now on.
 
         It lies beside the shards, or in the user's cache where they are remote or read-only. What
-        an earlier list says of these shards is replaced; removing the file undoes it.
+        earlier lists say of these shards is replaced; removing the file undoes it.
 
         Args:
             bad: What is wrong with each bad sample, by its row in a manifest that was opened with
@@ -328,25 +339,15 @@ class Manifest:
         Returns:
             The file; None where nothing is set aside any more.
         """
-        storage = self.storages[0]
-        cache = cache_folder(storage)
-        for place in [cache] if storage.folder is None else [storage.folder, cache]:
-            path = place / QUARANTINE_FILE
-            before = path.read_bytes() if path.is_file() else None
-            content = written_list(bad, self.shards, before=before)
-            try:
-                if content is None:
-                    path.unlink(missing_ok=True)
-                    continue
-                place.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as stream:
-                    stream.write(content)
-            except OSError:
-                if place == cache:
-                    raise
-                continue
-            return path
-        return None
+        beside, cached = _quarantine_files(self.storages[0])
+        if beside is not None and _set_aside(beside, bad, self.shards):
+            _set_aside(cached, {}, self.shards)
+            return beside if beside.is_file() else None
+        # What lies beside them cannot be changed; the list in the cache has the last word.
+        overrules = self.storages[0].small_file(QUARANTINE_FILE) is not None
+        if not _set_aside(cached, bad, self.shards, overrules=overrules):
+            raise OSError(f"{cached} cannot be written")
+        return cached if bad else None
 
     def kept(self, rows: np.ndarray, *, problems: Sequence[Problem], note: str) -> "Manifest":
         """The data set without some of its samples.
@@ -371,28 +372,29 @@ class Manifest:
 
     def _without_quarantine(self) -> "Manifest":
         storage = self.storages[0]
-        for home in (storage, LocalStorage(cache_folder(storage))):
-            data = home.small_file(QUARANTINE_FILE)
-            if data is None:
-                continue
-            path = f"{home.url}/{QUARANTINE_FILE}"
-            bad, problems = read_list(data, self.shards, path=path)
-            if not len(bad):
-                return self
-            keep = np.ones(len(self), bool)
-            keep[bad] = False
-            if not keep.any():
-                raise ValueError(f"{path} sets aside every sample of {storage.url}")
-            return self.kept(
-                keep, problems=problems, note=hashlib.sha256(keep.tobytes()).hexdigest()
-            )
-        return self
+        _, cached = _quarantine_files(storage)
+        lists: dict[str, bytes] = {}
+        if (data := storage.small_file(QUARANTINE_FILE)) is not None:
+            lists[f"{storage.url}/{QUARANTINE_FILE}"] = data
+        if cached.is_file():
+            lists[str(cached)] = cached.read_bytes()
+        bad, problems = read_lists(lists, self.shards)
+        if not len(bad):
+            return self
+        keep = np.ones(len(self), bool)
+        keep[bad] = False
+        if not keep.any():
+            raise ValueError(f"{' and '.join(lists)}: every sample of {storage.url} is set aside")
+        return self.kept(keep, problems=problems, note=hashlib.sha256(keep.tobytes()).hexdigest())
 
     @classmethod
     def _known(cls, storage: Storage) -> "Manifest | None":
         """The manifest that lies beside the shards or in the cache, if it is still true."""
         for home in (storage, LocalStorage(cache_folder(storage))):
-            manifest = cls._load(storage, home)
+            try:
+                manifest = cls._load(storage, home)
+            except _TornError:
+                continue  # a scan was cut off between its two files
             if manifest is not None and (manifest.is_packed or manifest._is_current(home)):
                 return manifest
         return None
@@ -418,7 +420,8 @@ class Manifest:
                 f"{path} is unreadable ({error}); remove it to scan the shards"
             ) from None
         if not whole or not _fits(samples, shards):
-            raise ValueError(f"{table} does not belong to {path}; remove both to scan the shards")
+            kind = ValueError if all(shard.sha256 for shard in shards) else _TornError
+            raise kind(f"{table} does not belong to {path}; remove both to scan the shards")
         return cls(storage, shards, samples, problems)._of_names(storage)
 
     def _of_names(self, storage: Storage) -> "Manifest":
@@ -457,26 +460,58 @@ class Manifest:
         return manifest
 
     def _is_current(self, home: Storage) -> bool:
-        """Whether the shards are still those of the scan, as far as names, sizes and times tell."""
+        """Whether the shards are still those of the scan, as far as sizes, times and tags tell."""
         storage = self.storages[0]
-        known = [(shard.name, shard.bytes) for shard in self.shards]
-        if known != storage.tars():
+        if [(shard.name, shard.bytes) for shard in self.shards] != storage.tars():
             return False
-        if storage.folder is None or home.folder is None:
-            return True
-        scanned = (home.folder / MANIFEST_FILE).stat().st_mtime_ns
-        return all(
-            (storage.folder / shard.name).stat().st_mtime_ns <= scanned for shard in self.shards
-        )
+        if home.folder is None:
+            return True  # it was put beside remote shards, whose tags it cannot know
+        try:
+            return all(shard.version == storage.version(shard.name) for shard in self.shards)
+        except BadSample:
+            return False
 
 
-def cache_folder(storage: Storage) -> Path:
-    """Where the manifest of a remote or read-only data set is kept (below `$XDG_CACHE_HOME`)."""
+class _TornError(ValueError):
+    """The two files of a scan do not belong together; another scan mends it."""
+
+
+def cache_folder(storage: Storage, *, whole: bool = False) -> Path:
+    """Where the files of a remote or read-only data set are kept (below `$XDG_CACHE_HOME`).
+
+    Args:
+        storage: Where its shards lie.
+        whole: For all shards of the place, whichever of them were named.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     url = storage.url if storage.folder is None else str(storage.folder.resolve())
-    identity = "\0".join([url, *(storage.names or ())])
+    identity = "\0".join([url, *(() if whole else storage.names or ())])
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
     return root / "clip-align" / "manifests" / name
+
+
+def _quarantine_files(storage: Storage) -> tuple[Path | None, Path]:
+    """Where the list of a place lies: beside the shards, if they are local, and in the cache."""
+    beside = None if storage.folder is None else storage.folder / QUARANTINE_FILE
+    return beside, cache_folder(storage, whole=True) / QUARANTINE_FILE
+
+
+def _set_aside(
+    path: Path, bad: Mapping[int, Problem], shards: Sequence[Shard], *, overrules: bool = False
+) -> bool:
+    """Writes a list, or removes one that says nothing any more; False where that cannot be done."""
+    before = path.read_bytes() if path.is_file() else None
+    content = written_list(bad, shards, before=before, overrules=overrules)
+    try:
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as stream:
+                stream.write(content)
+    except OSError:
+        return False
+    return True
 
 
 def _problem(entry: dict[str, str]) -> Problem:

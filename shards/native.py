@@ -30,16 +30,13 @@ _OPERATORS = {
 _PLAIN_WEBP = (b"VP8 ", b"VP8L")
 _RGB, _RGB_ALPHA = 3, 4  # values of torchvision.io.ImageReadMode
 
-LARGEST_DIFFERENCE, MEAN_DIFFERENCE = 3, 0.25
-"""How far a decoder may be from Pillow, in levels of 255; the mean is over all values."""
-
 
 class NativeDecoders:
     """Decodes plain pictures without Pillow; safe to share between threads.
 
-    The first pictures of each format are decoded by Pillow too. If one of them differs by more than
-    `LARGEST_DIFFERENCE` or `MEAN_DIFFERENCE` (another build of a codec may round otherwise), that
-    format is left to Pillow from then on, and a warning says so.
+    The first pictures of each format are decoded by Pillow too. If one of them differs in a single
+    value (another build of a codec may round otherwise), that format is left to Pillow from then
+    on, and a warning says so: a resumed run must see what a run that was never stopped sees.
 
     Args:
         checks: Pictures of each format that are compared.
@@ -109,7 +106,7 @@ class NativeDecoders:
         with self._lock:
             if kind not in self._operators:
                 return
-            if largest <= LARGEST_DIFFERENCE and mean <= MEAN_DIFFERENCE:
+            if not largest:
                 self._left[kind] = max(0, self._left[kind] - 1)
                 self.states[kind] = "torchvision"
                 return

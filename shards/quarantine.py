@@ -37,56 +37,51 @@ class Identified(Protocol):
         ...
 
 
-def read_list(
-    data: bytes, shards: Sequence[Identified], *, path: str
+def read_lists(
+    lists: Mapping[str, bytes], shards: Sequence[Identified]
 ) -> tuple[np.ndarray, list[Problem]]:
     """Which samples are set aside, and why.
 
     Args:
-        data: The file.
-        shards: Those of the manifest, in order, with all their samples; the list may speak of
+        lists: The files, by where they lie; of a shard that several speak of, the last is right.
+        shards: Those of the manifest, in order, with all their samples; the lists may speak of
             others too.
-        path: Where it lies, for messages.
 
     Returns:
         Rows of the manifest, ascending, and what is wrong with each.
 
     Raises:
-        ValueError: If the file is damaged, or a shard is another one than it was.
+        ValueError: If a file is damaged, or a shard is another one than it was.
     """
-    first = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
-    known = {shard.name: (number, shard) for number, shard in enumerate(shards)}
-    found: dict[int, Problem] = {}
-    try:
-        content = json.loads(data)
-        if content["version"] != _VERSION:
-            raise ValueError(f"version {content['version']}; this program reads {_VERSION}")
-        for name, listed in content["shards"].items():
-            if name not in known:
-                continue
-            number, shard = known[name]
-            if listed["identity"] != shard.identity:
-                raise LookupError
-            for entry in listed["samples"]:
-                if not 0 <= entry["row"] < shard.samples:
-                    raise LookupError
-                problem = Problem(name, entry["key"], Reason(entry["reason"]), entry["detail"])
-                found[first[number] + entry["row"]] = problem
-    except LookupError as error:
-        if isinstance(error, KeyError):
-            raise _unreadable(path, error) from None
-        raise ValueError(
-            f"{path} was made for other shards than lie there now; make it anew with "
-            "align inspect --verify, or remove it"
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _unreadable(path, error) from None
-    rows = sorted(found)
-    return np.array(rows, np.int64), [found[row] for row in rows]
+    said: dict[str, dict[int, Problem]] = {}
+    known = {shard.name: shard for shard in shards}
+    for path, data in lists.items():
+        try:
+            said |= _said(data, known)
+        except _OtherShardsError:
+            raise ValueError(
+                f"{path} was made for other shards than lie there now; make it anew with "
+                "align inspect --verify, or remove it"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is unreadable ({error}); remove it") from None
+    rows: list[int] = []
+    problems: list[Problem] = []
+    first = 0
+    for shard in shards:
+        for row, problem in sorted(said.get(shard.name, {}).items()):
+            rows.append(first + row)
+            problems.append(problem)
+        first += shard.samples
+    return np.array(rows, np.int64), problems
 
 
 def written_list(
-    bad: Mapping[int, Problem], shards: Sequence[Identified], *, before: bytes | None
+    bad: Mapping[int, Problem],
+    shards: Sequence[Identified],
+    *,
+    before: bytes | None,
+    overrules: bool = False,
 ) -> bytes | None:
     """The file that sets these samples aside; None where nothing is left to be listed.
 
@@ -94,6 +89,7 @@ def written_list(
         bad: What is wrong with each, by its row in the manifest.
         shards: Those of the manifest, in order, with all their samples.
         before: The file that lies there; what it says of other shards stays.
+        overrules: Whether to name sound shards too, as another list may say something of them.
     """
     listed: dict[str, Any] = {}
     if before is not None:
@@ -101,25 +97,47 @@ def written_list(
             listed = dict(json.loads(before)["shards"])
         except (ValueError, KeyError, TypeError):
             listed = {}  # damaged, so it says nothing
-    ends = np.cumsum([shard.samples for shard in shards])
+    rows, first = np.array(sorted(bad), np.int64), 0
     for shard in shards:
         listed.pop(shard.name, None)
-    for row in sorted(bad):
-        number = int(np.searchsorted(ends, row, side="right"))
-        shard, problem = shards[number], bad[row]
-        entry = listed.setdefault(shard.name, {"identity": shard.identity, "samples": []})
-        entry["samples"].append(
-            {
-                "row": int(row - ends[number] + shard.samples),
-                "key": problem.key,
-                "reason": problem.reason.value,
-                "detail": problem.detail,
-            }
-        )
+        here = rows[(rows >= first) & (rows < first + shard.samples)].tolist()
+        if here or overrules:
+            samples = [
+                {
+                    "row": int(row - first),
+                    "key": bad[row].key,
+                    "reason": bad[row].reason.value,
+                    "detail": bad[row].detail,
+                }
+                for row in here
+            ]
+            listed[shard.name] = {"identity": shard.identity, "samples": samples}
+        first += shard.samples
     if not listed:
         return None
     return json.dumps({"version": _VERSION, "shards": listed}, indent=1).encode()
 
 
-def _unreadable(path: str, error: Exception) -> ValueError:
-    return ValueError(f"{path} is unreadable ({error}); remove it")
+class _OtherShardsError(Exception):
+    """A shard is not the one that the list speaks of."""
+
+
+def _said(data: bytes, known: Mapping[str, Identified]) -> dict[str, dict[int, Problem]]:
+    """What one list says of the shards that are known."""
+    content = json.loads(data)
+    if content["version"] != _VERSION:
+        raise ValueError(f"version {content['version']}; this program reads {_VERSION}")
+    said: dict[str, dict[int, Problem]] = {}
+    for name, listed in content["shards"].items():
+        if name not in known:
+            continue
+        if listed["identity"] != known[name].identity:
+            raise _OtherShardsError
+        said[name] = {}
+        for entry in listed["samples"]:
+            if not 0 <= entry["row"] < known[name].samples:
+                raise _OtherShardsError
+            said[name][entry["row"]] = Problem(
+                name, entry["key"], Reason(entry["reason"]), entry["detail"]
+            )
+    return said

@@ -26,12 +26,14 @@ def walks(storage: Storage) -> Iterator[TarContent]:
         disable=None,
     ) as bar:
         for name, size in tars:
+            version = ""
             try:
+                version = storage.version(name)
                 with storage.open(name) as stream:
                     content = read_tar(stream, name)
             except BadSample as bad:
                 content = TarContent(name, problems=[Problem(name, "", bad.reason, bad.detail)])
-            content.bytes = size
+            content.bytes, content.version = size, version
             bar.update(size)
             yield content
 

@@ -59,6 +59,7 @@ class TarContent:
         bytes: Size of the file.
         headers: SHA-256 of all headers: names, sizes and times, without reading the contents.
         sha256: SHA-256 of the whole file, where somebody took it; the walk does not.
+        version: What `Storage.version` said before the walk, where somebody asked.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TarContent:
     bytes: int = 0
     headers: str = ""
     sha256: str = ""
+    version: str = ""
 
     def tell(self, reason: Reason, key: str, detail: str) -> None:
         """Notes a problem."""

@@ -13,15 +13,27 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pairs_corpus import TINY_BERT, TINY_VIT, tiny_pretrain, write_pairs
+from pairs_corpus import (
+    COLOURS,
+    TINY_BERT,
+    TINY_VIT,
+    encoded,
+    picture,
+    tiny_pretrain,
+    write_pairs,
+)
 from ranks import run_ranks
+from shards_corpus import write_tar
 
 import align
 from align.checkpoint import checkpoints
 from pipelines import pretrain, run_folder, training
 from pipelines.config import ConfigError, build
 from pipelines.schemas import PretrainConfig
-from shards.manifest import Manifest
+from shards.damage import Reason
+from shards.manifest import Manifest, cache_folder
+from shards.quarantine import QUARANTINE_FILE, written_list
+from shards.sources import Record
 
 CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
 STEPS = 12
@@ -115,7 +127,7 @@ def test_training_learns(data, tmp_path):
     )
     assert pretrain.run(config(values)) == 0
     model = align.load(tmp_path / "run" / "bundle")
-    from pairs_corpus import COLOURS, SHAPES, picture
+    from pairs_corpus import SHAPES
 
     names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     images = model.encode_image([picture(*name) for name in names])
@@ -509,12 +521,17 @@ def logged_run(out: str, values: dict[str, Any]) -> None:
     Path(out).write_text(json.dumps(seen))
 
 
-def rank_run(rank: int, world: int, folder: str, values: dict[str, Any]) -> None:
+def rank_environment(rank: int, world: int) -> None:
+    """What `accelerate launch` tells a process."""
     for name, value in {
         **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world},
         **{"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1},
     }.items():
         os.environ[name] = str(value)
+
+
+def rank_run(rank: int, world: int, folder: str, values: dict[str, Any]) -> None:
+    rank_environment(rank, world)
     logged_run(f"{folder}/{rank}.json", values)
 
 
@@ -582,6 +599,52 @@ def test_the_data_report_is_that_of_the_whole_run_over_processes_and_stops(damag
     assert {name: both[name] for name in COUNTS} == {name: whole[name] for name in COUNTS}
     assert sorted(p["key"] for p in both["listed"]) == sorted(p["key"] for p in whole["listed"])
     assert metrics(tmp_path / "both")[-1]["bad_samples"] == 4
+
+
+def rank_of_another_machine(rank: int, world: int, folder: str, values: dict[str, Any]) -> None:
+    """One process has set a sample aside in its own cache; the other knows nothing of it."""
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache{rank}"
+    manifest = Manifest.open(values["data"], quarantine=False)
+    if rank == 0:
+        problem = manifest.problem(3, Reason.UNDECODABLE)
+        home = cache_folder(manifest.storages[0], whole=True)
+        home.mkdir(parents=True)
+        content = written_list({3: problem}, manifest.shards, before=None)
+        assert content is not None
+        (home / QUARANTINE_FILE).write_bytes(content)
+    rank_environment(rank, world)
+    with pytest.raises(ConfigError, match="the processes see different samples"):
+        pretrain.run(config(values))
+
+
+@pytest.mark.slow
+def test_processes_with_different_samples_are_refused(data, tmp_path):
+    values = tiny_pretrain(data, tmp_path / "run", samples=96)
+    run_ranks(rank_of_another_machine, 2, str(tmp_path), values)
+
+
+def test_validation_reads_captions_where_training_does(tmp_path):
+    """What the check-up and the run read of held-out data must be the same."""
+    records = [
+        Record(f"{n}", encoded(picture(colour, "dot")), None, {"alt": f"a {colour} dot"})
+        for n, colour in enumerate(COLOURS)
+    ]
+    for number, record in enumerate(records):
+        members = {
+            f"{number}.png": record.image,
+            f"{number}.json": json.dumps(dict(record.fields)).encode(),
+        }
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_tar(tmp_path / "data" / f"{number}.tar", members)
+    values = tiny_pretrain(
+        tmp_path / "data",
+        tmp_path / "run",
+        samples=16,
+        caption_fields=["json.alt"],
+        validation={"data": str(tmp_path / "data"), "every": 16},
+    )
+    assert pretrain.run(config(values)) == 0
+    assert "image_to_text_recall@1" in metrics(tmp_path / "run")[-1]
 
 
 def test_two_data_sets_are_mixed_by_weight_and_counted(data, damaged, tmp_path):

@@ -1,18 +1,25 @@
 """Data sets by place, the quarantine list, and manifests that are kept elsewhere."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from shards_corpus import SIDE, write_set
+from shards_corpus import SIDE, picture, sample, write_set, write_tar
 
 from shards import manifest as manifest_module
 from shards.damage import Reason
 from shards.loader import ShardLoader, iterate
-from shards.manifest import Manifest, cache_folder
+from shards.manifest import Manifest, Shard, cache_folder
+from shards.packing import pack
 from shards.quarantine import QUARANTINE_FILE
-from shards.storage import storage_of
+from shards.sources import Record
+from shards.storage import LocalStorage, storage_of
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +122,7 @@ def test_a_read_only_set_keeps_both_lists_in_the_cache(folder, monkeypatch, read
         unwritable(monkeypatch, folder)
     Manifest.open(folder)
     path = set_aside(folder, [1, 5])
-    home = cache_folder(storage_of(folder)) if read_only else folder
+    home = cache_folder(storage_of(folder), whole=True) if read_only else folder
     assert path == home / QUARANTINE_FILE
     assert {"manifest.json", "quarantine.json", "samples.parquet"} <= {
         path.name for path in home.iterdir()
@@ -222,3 +229,66 @@ def test_a_manifest_of_another_version_is_refused(folder):
     path.write_text(json.dumps({**content, "version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         Manifest.open(folder)
+
+
+def test_a_shard_of_equal_size_that_changed_is_scanned_anew(folder, tmp_path):
+    """Tar files are padded, so that an edited caption seldom changes their size."""
+    Manifest.open(folder)
+    path = folder / "002.tar"
+    before = path.stat()
+    members = {}
+    for number in range(3, 7):
+        members |= sample(number)
+    members["00004.txt"] = b"a longer caption than before, of the same sample"
+    write_tar(path, members)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(0, before.st_mtime_ns - 10**9))  # older, as `cp -p` and `rsync -a` may leave
+    (batch,) = iterate(folder, batch_size=9, image_size=SIDE)
+    assert batch.captions[4] == "a longer caption than before, of the same sample"
+
+
+def test_a_scan_that_was_cut_off_between_its_files_is_made_anew(folder, tmp_path):
+    Manifest.open(folder)
+    old = (folder / "manifest.json").read_bytes()
+    write_set(tmp_path / "other", [3, 0, 4, 2, 5])
+    shutil.copy(tmp_path / "other" / "004.tar", folder)
+    Manifest.open(folder)
+    (folder / "manifest.json").write_bytes(old)  # the second file never came
+    assert len(Manifest.open(folder)) == 14
+
+
+def test_offsets_that_are_not_those_of_the_manifest_are_found(tmp_path):
+    packed = pack([Record(f"k{n}", picture(n), f"text {n}") for n in range(4)], tmp_path / "set")
+    table = packed.samples.to_pydict()
+    table["txt.offset"][2] += 512
+    pq.write_table(pa.table(table, packed.samples.schema), tmp_path / "set" / "samples.parquet")
+    with pytest.raises(ValueError, match="does not belong to"):
+        Manifest.open(tmp_path / "set")
+
+
+def test_the_fingerprint_knows_names_sizes_and_hashes():
+    def fingerprint(**changes):
+        shard = replace(Shard("a.tar", 0, 10240, "headers", "hash"), **changes)
+        return Manifest(LocalStorage(Path("x")), [shard], pa.table({})).fingerprint
+
+    changes = [{}, {"name": "b.tar"}, {"bytes": 512}, {"sha256": "other"}, {"sha256": ""}]
+    prints = [fingerprint(**change) for change in changes]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(version="later", headers="others") == prints[0]
+
+
+def test_a_list_in_the_cache_overrules_one_that_cannot_be_changed(folder, monkeypatch):
+    """As with a list that came with read-only or remote data."""
+    set_aside(folder, [0, 4])
+    unwritable(monkeypatch, folder)
+    path = set_aside(folder, [4, 8])
+    assert path == cache_folder(storage_of(folder), whole=True) / QUARANTINE_FILE
+    assert numbers(Manifest.open(folder)) == [0, 1, 2, 3, 5, 6, 7]
+    assert numbers(Manifest.open(f"{folder}/003.tar")) == [7]  # also for a part of it
+    whole = Manifest.open(folder, quarantine=False)
+    assert whole.set_aside({}) is None
+    assert len(Manifest.open(folder)) == 9
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path.parents[3]))
+    set_aside(folder, [2])  # and what is written beside them is the last word again
+    assert numbers(Manifest.open(folder)) == [0, 1, 3, 4, 5, 6, 7, 8]

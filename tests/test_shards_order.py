@@ -116,6 +116,18 @@ def test_substitutes_are_samples_and_change_with_the_attempt():
     assert first.max() < 1000
     assert (first != second).mean() > 0.98
     assert (order.substitutes(positions[::-1], 0)[::-1] == first).all()
+    assert (Order([1000], seed=1).substitutes(positions, 0) != first).mean() > 0.98
+
+
+def test_no_two_uses_of_the_hash_share_their_counters():
+    """Draws over the same counters would be correlated if their purposes had equal numbers."""
+    from pipelines import captions as templates
+    from shards import augment, captions, crop, order
+    from shards.audit import examine
+
+    order_uses = [order._SHARDS, order._BLOCK, order._SUBSTITUTE, order._MIX]
+    others = [module._DRAW for module in (augment, captions, crop, examine, templates)]
+    assert len({*order_uses, *others}) == len(order_uses) + len(others)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from align.fusion import FUSION_HEADS
 from pipelines.config import Config
-from pipelines.schemas.values import PLACE, WHERE, BadFraction, Place, Seed, Strict, Where
+from pipelines.schemas.values import (
+    CAPTION_FIELDS,
+    PLACE,
+    WHERE,
+    BadFraction,
+    Place,
+    Seed,
+    Strict,
+    Where,
+)
 
 
 class TaskConfig(Config):
@@ -16,6 +25,9 @@ class TaskConfig(Config):
     task: Literal["zero_shot", "retrieval"] = Field(description="Which evaluation.")
     data: Place = Field(description=PLACE)
     where: Where = Field(default_factory=dict, description=WHERE)
+    caption_fields: list[str] = Field(
+        default_factory=list, description=f"{CAPTION_FIELDS} Of several, the first."
+    )
     label: str = Field(default="caption", description="Field that holds the class, or the caption.")
     templates: list[str] = Field(default=["{}"], description="Prompts around a class name.")
 
@@ -29,6 +41,9 @@ class EvaluateConfig(Config):
     model: str = Field(description="A bundle: folder or hub id.")
     data: Place | None = Field(
         default=None, description="Shards for a plain retrieval task, where no tasks are given."
+    )
+    caption_fields: list[str] = Field(
+        default_factory=list, description="Where captions of data stand, as in a task."
     )
     tasks: dict[str, TaskConfig] = Field(
         default_factory=dict,

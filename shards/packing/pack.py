@@ -87,7 +87,7 @@ def pack(
     rules = Rules(limits or Limits(), recoding or Recode(), strict, "img2dataset" in sidecars)
     plan = _plan(records, rules, samples_per_shard, shuffle_seed)
     with WorkFolder.of(out) as work:
-        if work.end_move(plan):
+        if work.end_move(plan, sidecars):
             tell(f"{out}: the last step of the pack that was cut off is done")
             return Manifest.load(out)
         old = work.replaceable(overwrite=overwrite)
@@ -112,7 +112,7 @@ def pack(
                     raise ValueError(f"no usable record for {out}{packed.summary()}")
                 manifest.problems = (*packed.problems, *manifest.problems)
                 moves = packed.beside(manifest, sidecars, work)
-                work.move_in(moves, old)
+                work.move_in(moves, old, sidecars)
             except OSError as error:
                 raise _explained(error, out, work.done()) from None
     return manifest

@@ -57,11 +57,13 @@ class WorkFolder:
         finally:
             os.close(descriptor)
 
-    def end_move(self, plan: Mapping[str, Any] | None) -> bool:
-        """Ends a move that was cut off; returns whether it was that of this very plan."""
+    def end_move(self, plan: Mapping[str, Any] | None, sidecars: Sequence[str]) -> bool:
+        """Ends a move that was cut off; returns whether all that is asked for is there by now."""
         if not (self.folder / _MOVE).is_file():
             return False
+        journal = json.loads((self.folder / _MOVE).read_bytes())
         same = plan is not None and self._plan() == dict(plan)
+        same = same and set(sidecars) <= set(journal["sidecars"])
         self._move()
         return same
 
@@ -139,14 +141,18 @@ class WorkFolder:
         with replacing(self.folder / name) as stream:
             stream.write(data)
 
-    def move_in(self, moves: Mapping[str, str], remove: Sequence[str]) -> None:
+    def move_in(
+        self, moves: Mapping[str, str], remove: Sequence[str], sidecars: Sequence[str]
+    ) -> None:
         """Puts all files into place, the manifest last, and ends the work folder.
 
         Args:
             moves: From names here to names there.
             remove: What of an earlier data set goes.
+            sidecars: The names of those among the files.
         """
-        self.write(_MOVE, _json({"moves": dict(moves), "remove": list(remove)}))
+        journal = {"moves": dict(moves), "remove": list(remove), "sidecars": list(sidecars)}
+        self.write(_MOVE, _json(journal))
         self._move()
 
     def clear(self) -> None:

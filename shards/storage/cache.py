@@ -120,7 +120,8 @@ class Cache:
         self.limit = limit
         self._is_off = limit <= 0
         self._verified: set[str] = set()
-        self._since_sweep = 0
+        # The first file of a process has the folder measured: short runs add up too.
+        self._since_sweep = limit
 
     @property
     def is_off(self) -> bool:

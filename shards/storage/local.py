@@ -57,7 +57,7 @@ class LocalStorage(Storage):
         path = self._folder / name
         with _as_bad_sample(path):
             status = path.stat()
-        return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns}"
 
     def open(self, name: str) -> io.BufferedReader:
         """See `Storage`."""

@@ -89,7 +89,7 @@ class RemoteStorage(Storage):
     def version(self, name: str) -> str:
         """See `Storage`."""
         facts = self._connection().facts(name)
-        return f"{self.url}/{name} {facts.size} {facts.tag}"
+        return f"{facts.size} {facts.tag}"
 
     def open(self, name: str) -> io.BufferedReader:
         """See `Storage`; what lies ahead is fetched while a walk goes on."""

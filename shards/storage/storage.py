@@ -98,7 +98,7 @@ class Storage(ABC):
 
     @abstractmethod
     def version(self, name: str) -> str:
-        """Which shard this is, as far as name, size and time tell: another one once it changed.
+        """Size, and time or tag, of a shard as it lies there: something else once it changed.
 
         Raises:
             BadSample: As from `read`.

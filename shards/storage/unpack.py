@@ -97,7 +97,8 @@ class UnpackingStorage(Storage):
         """A compressed shard, unpacked; it ends in the cache's digest."""
         file = self._files.get(name)
         if file is None:
-            key = f"{self._inner.version(name)} unpacked"
+            place = self.url if self.folder is None else self.folder.resolve()
+            key = f"{place}/{name} {self._inner.version(name)} unpacked"
             with self._cache.turn(key):
                 file = self._cache.open(key, verify=False) or self._cache.add(
                     key, self._unpacked(name), durable=True
