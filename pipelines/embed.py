@@ -79,7 +79,7 @@ def embed_pairs(
     where: Mapping[str, Any] | None = None,
     batch_size: int = 256,
     image_size: int | None = None,
-    captions: Sequence[str] = (),
+    caption_fields: Sequence[str] = (),
     max_bad_fraction: float = 0.05,
     strict: bool = False,
 ) -> EmbeddedPairs:
@@ -94,7 +94,7 @@ def embed_pairs(
     size = image_size or model.config.image_size
     tally = DamageTally(total=len(manifest), max_fraction=max_bad_fraction, strict=strict)
     stream = iterate(
-        manifest, batch_size=batch_size, image_size=size, captions=captions, tally=tally
+        manifest, batch_size=batch_size, image_size=size, captions=caption_fields, tally=tally
     )
     for batch in stream:
         rows = select(batch, where or {})

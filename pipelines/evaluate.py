@@ -55,7 +55,7 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
                 manifest,
                 where=task.where,
                 batch_size=config.batch_size,
-                captions=task.caption_fields,
+                caption_fields=task.caption_fields,
                 max_bad_fraction=config.max_bad_fraction,
                 strict=config.strict,
             )

@@ -4,6 +4,7 @@ Exit code 3: damage, a disagreement or an overlap was found. What was set aside 
 again.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines import run_folder
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, read_yaml
 from pipelines.inspect_look import Copies, Overlap, Seen, find_copies, find_overlap, look
 from pipelines.inspect_page import write_page
 from pipelines.inspect_text import lines
@@ -235,9 +236,13 @@ def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _name(data: str) -> str:
-    """A folder name for a place."""
+    """A folder name for a place; of equal names in different folders each gets its own."""
     words = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.rstrip("/").rpartition("/")[2])
-    return words.removesuffix(".tar").strip(".-") or "data"
+    name = words.removesuffix(".tar").strip(".-") or "data"
+    earlier = Path("runs/inspect") / name / "config.yaml"
+    if earlier.is_file() and read_yaml(earlier).get("data") != data:
+        name += f"-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+    return name
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the same global batches, the same loss, the same gradients.
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipelines.evaluate import retrieval_report
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import PretrainConfig
 from pipelines.training import Training, build, training_pictures
+from shards.damage import TooMuchDamageError
 from shards.loader import Batch
 
 BAD_STEPS_IN_A_ROW = 5
@@ -142,7 +144,7 @@ def train(training: Training) -> bool:
         batches = iter(training.loader)
         while training.step < training.steps:
             started = time.perf_counter()
-            batch = next(batches)
+            batch = next_batch(training, batches)
             measured = {"data_ms": 1000 * (time.perf_counter() - started)}
             measured |= step(training, batch)
             if line := log.step(training.step, measured):
@@ -173,6 +175,25 @@ def train(training: Training) -> bool:
                 )
                 return False
     return True
+
+
+def next_batch(training: Training, batches: Iterator[Batch]) -> Batch:
+    """The next batch; where the data turns out too damaged, what was learnt so far is saved first.
+
+    Raises:
+        TooMuchDamageError: it did, with what can be done about it.
+    """
+    try:
+        return next(batches)
+    except TooMuchDamageError as error:
+        # Alone: other processes may not have met the damage, and would wait for ever.
+        alone = training.accelerator.num_processes == 1
+        if alone and training.step:
+            save_checkpoint(training)
+        raise TooMuchDamageError(
+            f"{error}; --resume with a higher max_bad_fraction goes on, "
+            "align inspect --verify names all of them for another run"
+        ) from None
 
 
 def _any_rank(accelerator: Accelerator, asked: bool) -> bool:
@@ -305,7 +326,7 @@ def validate(training: Training) -> dict[str, Any]:
             config.validation.data,
             where=config.validation.where,
             image_size=training.image_size,
-            captions=config.caption_fields,
+            caption_fields=config.caption_fields,
             max_bad_fraction=config.max_bad_fraction,
             strict=config.strict,
         )

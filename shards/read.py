@@ -16,6 +16,9 @@ _SWEEP_GAP = 1 << 16
 class ShardReader:
     """Reads members of samples; safe to share between threads.
 
+    Readers of one manifest share its storages: stopping or closing one ends the reads of the others
+    that are under way, too.
+
     Args:
         manifest: The data set.
         max_bytes: Size of a member above which it is not read.
