@@ -32,6 +32,7 @@ class Config(BaseModel):
         """A line for each file or folder that has to be there and is not; costs no import."""
         return [
             f"{key}: there is no file or folder {place}"
+            + ("; name the folder, or a pattern such as a/{0..7}.tar" if "*" in str(place) else "")
             for key in self.must_exist
             for place in _places(getattr(self, key))
             if not place.exists()

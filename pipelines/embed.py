@@ -161,8 +161,14 @@ def _run(config: EmbedConfig) -> int:
         run_folder.write_json(config.out / "data_report.json", tally.report())
     bad = tally.bad
     listed = f", {bad} bad samples left out (data_report.json)" if bad else ""
-    print(f"{config.out}: {table.rows} rows{listed}")
+    print(f"{config.out}: {table.rows} rows{listed}{left_out(manifest)}")
     return 0
+
+
+def left_out(manifest: Manifest) -> str:
+    """What is known to be bad and is no sample, for the end of a line."""
+    problems = manifest.problems
+    return f"; {len(problems):,} left out, the first: {problems[0]}" if problems else ""
 
 
 def whereabouts(place: str) -> str:

@@ -12,7 +12,7 @@ from eval.prompts import class_prototypes
 from eval.results import Report, format_table
 from eval.tasks import retrieval, zero_shot
 from pipelines import run_folder
-from pipelines.embed import EmbeddedPairs, embed_pairs
+from pipelines.embed import EmbeddedPairs, embed_pairs, left_out
 from pipelines.schemas import EvaluateConfig, TaskConfig
 from shards.manifest import Manifest
 
@@ -50,6 +50,8 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
         place = f"{task.data} {sorted(task.where.items())} {task.caption_fields}"
         if place not in embedded:
             manifest = Manifest.open(task.data)
+            if manifest.damage:
+                print(f"{task.data}{left_out(manifest)}")
             embedded[place] = embed_pairs(
                 model,
                 manifest,

@@ -55,6 +55,8 @@ def _run(config: InspectConfig, out: Path) -> int:
     against = None if config.against is None else Manifest.open(config.against)
     _check_target(config.repair)
     run_folder.record(out, config)
+    for name in ("copies.jsonl", "overlap.jsonl"):  # of an earlier inspection
+        (out / name).unlink(missing_ok=True)
     about, disagree = survey(manifest), mismatches(manifest)
     before, complaint = _set_aside_before(config.data, manifest)
     report: dict[str, Any] = {

@@ -1,5 +1,7 @@
 """A data set looked at: its samples as numbers, its copies, what it shares with another."""
 
+import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -83,6 +85,8 @@ def look(
     hashes, flat = np.zeros(count, np.uint64), np.ones(count, bool)
     with tempfile.TemporaryFile(dir=scratch) as file:
         shape = (count, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
+        # A mapped page that finds no room ends the process; room that was taken does not.
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         thumbnails = np.memmap(file, np.uint8, "w+", shape=shape)
     chunks = examine(manifest, samples, workers=workers, captions=captions)
     with tqdm(desc="reading", total=count, unit=" samples", disable=None) as bar:

@@ -21,7 +21,7 @@ from align.optim import cosine_factor, set_learning_rate
 from pipelines import run_folder
 from pipelines.captions import positive_labels
 from pipelines.config import ConfigError, read_yaml
-from pipelines.embed import embed_pairs
+from pipelines.embed import embed_pairs, left_out
 from pipelines.evaluate import retrieval_report
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import PretrainConfig
@@ -104,7 +104,9 @@ def plan(training: Training) -> str:
     return (
         f"{total:,} samples in {place}; {training.steps:,} steps of {config.batch_size} are "
         f"{config.samples / total:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
-        f"{training.accelerator.device}" + (f"; {seen:,} samples done before" if seen else "")
+        f"{training.accelerator.device}"
+        + (f"; {seen:,} samples done before" if seen else "")
+        + left_out(training.loader.manifest)
     )
 
 

@@ -102,6 +102,27 @@ class DamageTally:
         """Bad samples met so far; one that is met in two epochs counts twice."""
         return self.reasons.total()
 
+    def judge_scan(self, damage: Sequence[Problem], sizes: Mapping[str, int]) -> None:
+        """Judges what a scan found: how many samples it cost cannot be told, but shards can.
+
+        Args:
+            damage: What the scan found.
+            sizes: Samples of each shard.
+
+        Raises:
+            TooMuchDamageError: Under `strict`, or when too large a share of the shards holds damage
+                and no sample.
+        """
+        damage = [problem for problem in damage if problem.reason != Reason.SPLIT_SAMPLE]
+        if damage and self.strict:
+            raise TooMuchDamageError(f"{damage[0]}; strict mode stops at the first bad sample")
+        dead = {one.shard: one for one in damage if not sizes.get(one.shard, 0)}
+        if len(dead) > self.max_fraction * len(sizes):
+            raise TooMuchDamageError(
+                f"{len(dead)} of {len(sizes)} shards hold damage and no sample, above "
+                f"max_bad_fraction={self.max_fraction}: {next(iter(dead.values()))}"
+            )
+
     def add(self, seen: int, problems: Sequence[Problem], *, replaced: bool = False) -> None:
         """Counts one batch: `seen` samples, of which `problems` were bad.
 

@@ -119,6 +119,8 @@ class ShardLoader:
         self._tally = DamageTally(
             total=len(self.manifest), max_fraction=max_bad_fraction, strict=strict
         )
+        for manifest in manifests:
+            _judge(self._tally, manifest)
         self._stream: Generator[tuple[Batch, list[Problem]]] | None = None
 
     @property
@@ -251,6 +253,10 @@ def _manifest(data: Manifest | Path | str) -> Manifest:
     return data if isinstance(data, Manifest) else Manifest.open(data)
 
 
+def _judge(tally: DamageTally, manifest: Manifest) -> None:
+    tally.judge_scan(manifest.damage, {shard.name: shard.samples for shard in manifest.shards})
+
+
 def _order(
     sources: Sequence[Source], manifests: Sequence[Manifest], *, seed: int, lanes: int, window: int
 ) -> Order | Mixture:
@@ -324,6 +330,7 @@ def iterate(
     picture = Picture(image_size, limits=limits or Limits())
     decoder = Decoder(manifest, picture, CaptionRule(tuple(captions)))
     tally = tally if tally is not None else DamageTally(total=len(manifest))
+    _judge(tally, manifest)
     return _pass(decoder, range(start, stop, batch_size), stop, workers, tally)
 
 

@@ -76,6 +76,7 @@ class Manifest:
         samples: The table, one row per sample: `shard`, `key`, `<field>.offset`, `<field>.size`.
         problems: What is known to be bad and is therefore not a sample: found while packing or
             scanning, or set aside.
+        damage: Those of them that a scan found and nobody has dealt with.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class Manifest:
         problems: Sequence[Problem] = (),
         *,
         fingerprint: str = "",
+        damage: Sequence[Problem] | None = None,
     ) -> None:
         self.storages = (storages,) if isinstance(storages, Storage) else tuple(storages)
         self.shards = tuple(shards)
         self.samples = samples
         self.problems = tuple(problems)
         self._fingerprint = fingerprint
+        self.damage = tuple((() if self.is_packed else problems) if damage is None else damage)
         assert sum(shard.samples for shard in shards) == len(samples)
 
     def __len__(self) -> int:
@@ -257,6 +260,7 @@ class Manifest:
             shards,
             pa.concat_tables(tables, promote_options="default"),
             [problem for manifest in manifests for problem in manifest.problems],
+            damage=[problem for manifest in manifests for problem in manifest.damage],
             fingerprint=hashlib.sha256(parts.encode()).hexdigest(),
         )
 
@@ -368,6 +372,7 @@ class Manifest:
             self.samples.filter(pa.array(rows)),
             (*self.problems, *problems),
             fingerprint=hashlib.sha256(identity).hexdigest(),
+            damage=self.damage,
         )
 
     def _without_quarantine(self) -> "Manifest":

@@ -1,13 +1,14 @@
 import hashlib
 import io
 import tarfile
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 from shards_corpus import SIDE, numbers_in, picture, sample, write_set, write_tar
 
-from shards.damage import DamageTally, Problem, Reason
+from shards.damage import DamageTally, Problem, Reason, TooMuchDamageError
 from shards.loader import ShardLoader, iterate
 from shards.manifest import Manifest
 from shards.packing import pack
@@ -284,3 +285,23 @@ def test_a_packed_shard_is_what_its_hash_says(whole):
     data = (whole.folder / "000000.tar").read_bytes()
     assert whole.shards[0].sha256 == hashlib.sha256(data).hexdigest()
     assert whole.shards[0].bytes == len(data)
+
+
+def test_a_shard_that_is_lost_as_a_whole_counts(tmp_path):
+    """An error page in place of a shard holds no sample, so no sample of it can be bad."""
+    write_set(tmp_path, [3, 3, 3])
+    (tmp_path / "001.tar").write_bytes(b"<html>not found</html>" * 50)
+    manifest = Manifest.open(tmp_path)
+    assert [problem.shard for problem in manifest.damage] == ["001.tar"]
+    options: dict[str, Any] = {"batch_size": 2, "image_size": SIDE, "lanes": 1}
+    with pytest.raises(TooMuchDamageError, match="1 of 3 shards hold damage and no sample"):
+        ShardLoader(manifest, **options)
+    with pytest.raises(TooMuchDamageError, match=r"001\.tar.*strict mode"):
+        ShardLoader(manifest, strict=True, max_bad_fraction=0.5, **options)
+    with ShardLoader(manifest, max_bad_fraction=0.5, **options) as loader:
+        assert len(next(loader)) == 2
+    tally = DamageTally(total=6, max_fraction=0.05)
+    with pytest.raises(TooMuchDamageError, match="1 of 3 shards"):
+        next(iterate(manifest, batch_size=2, image_size=SIDE, tally=tally))
+    # What packing left out was dealt with, and an empty shard is no damage.
+    assert not Manifest.open(write_set(tmp_path / "sound", [3, 0, 2])).damage

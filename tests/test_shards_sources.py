@@ -682,3 +682,20 @@ def test_foreign_layouts_are_read_without_packing(tmp_path):
     assert batch.captions == [f"cat {n}" for n in range(4)]
     (batch,) = iterate(tmp_path / "bench", batch_size=4, image_size=8)
     assert batch.captions == [f"first {n}\nsecond {n}" for n in range(4)]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    folder = pictures(tmp_path / "in")
+    elsewhere = pictures(tmp_path / "elsewhere")
+    before = len(FolderSource(folder))
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    assert len(FolderSource(folder)) == before + len(FolderSource(elsewhere))
+
+
+def test_a_quote_left_open_at_the_end_is_told(tmp_path):
+    pictures(tmp_path)
+    table = tmp_path / "table.csv"
+    table.write_text('image,caption\na.png,fine\na.png,"open\nb.png,x\nc.png,y\n')
+    source = open_source([str(table)], format="csv")
+    assert "is a quote left open?" in source.problems[0].detail

@@ -12,6 +12,7 @@ from pipelines.schemas.values import (
     PLACE,
     WHERE,
     BadFraction,
+    CaptionField,
     Place,
     Seed,
     Strict,
@@ -25,7 +26,7 @@ class TaskConfig(Config):
     task: Literal["zero_shot", "retrieval"] = Field(description="Which evaluation.")
     data: Place = Field(description=PLACE)
     where: Where = Field(default_factory=dict, description=WHERE)
-    caption_fields: list[str] = Field(
+    caption_fields: list[CaptionField] = Field(
         default_factory=list, description=f"{CAPTION_FIELDS} Of several, the first."
     )
     label: str = Field(default="caption", description="Field that holds the class, or the caption.")
@@ -42,7 +43,7 @@ class EvaluateConfig(Config):
     data: Place | None = Field(
         default=None, description="Shards for a plain retrieval task, where no tasks are given."
     )
-    caption_fields: list[str] = Field(
+    caption_fields: list[CaptionField] = Field(
         default_factory=list, description="Where captions of data stand, as in a task."
     )
     tasks: dict[str, TaskConfig] = Field(

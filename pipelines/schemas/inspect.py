@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, PositiveInt
 
 from pipelines.config import Config
-from pipelines.schemas.values import CAPTION_FIELDS, PLACE, NonNegativeInt, Place
+from pipelines.schemas.values import CAPTION_FIELDS, PLACE, CaptionField, NonNegativeInt, Place
 
 
 class InspectConfig(Config):
@@ -40,7 +40,7 @@ class InspectConfig(Config):
         description="Samples drawn to be decoded, where neither --verify nor --against has all of\n"
         "them decoded.",
     )
-    caption_fields: list[str] = Field(default_factory=list, description=CAPTION_FIELDS)
+    caption_fields: list[CaptionField] = Field(default_factory=list, description=CAPTION_FIELDS)
     distance: Annotated[int, Field(ge=0, lt=32)] = Field(
         default=12, description="Bits of 64 in which perceptual hashes of copies may differ."
     )

@@ -11,6 +11,7 @@ from pipelines.schemas.values import (
     PLACE,
     WHERE,
     BadFraction,
+    CaptionField,
     Data,
     NonNegativeInt,
     Place,
@@ -179,7 +180,7 @@ class PretrainConfig(Config):
     )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    caption_fields: list[str] = Field(
+    caption_fields: list[CaptionField] = Field(
         default_factory=list,
         description=f"{CAPTION_FIELDS} One of several is drawn for each sample and epoch.",
     )

@@ -6,7 +6,15 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipelines.config import Config
-from pipelines.schemas.values import CAPTION_FIELDS, PLACE, BadFraction, Place, Seed, Strict
+from pipelines.schemas.values import (
+    CAPTION_FIELDS,
+    PLACE,
+    BadFraction,
+    CaptionField,
+    Place,
+    Seed,
+    Strict,
+)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -20,7 +28,7 @@ class EmbedConfig(Config):
     model: str = Field(description="A bundle: folder or hub id.")
     data: Place = Field(description=PLACE)
     out: Path = Field(description="Folder of the table.")
-    caption_fields: list[str] = Field(
+    caption_fields: list[CaptionField] = Field(
         default_factory=list, description=f"{CAPTION_FIELDS} Of several, the first."
     )
     texts: bool = Field(default=True, description="Embed captions too.")

@@ -1,9 +1,10 @@
 """Kinds of values that several verbs take."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from pipelines.config import KIND, Config
 
@@ -13,6 +14,13 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | Path) else value
 
 
+def _caption_field(name: str) -> str:
+    if not re.fullmatch(r"txt|txt\.lines|json(\.[^.]+)+", name):
+        raise ValueError(f"unknown place of captions {name!r}; known: txt, txt.lines, json.KEY")
+    return name
+
+
+CaptionField = Annotated[str, AfterValidator(_caption_field)]
 Place = Annotated[str, BeforeValidator(_text)]
 """A folder of shards, one shard, or a pattern such as a/{0..7}.tar: a path or an fsspec URL."""
 PLACE = (

@@ -155,11 +155,19 @@ class ClassSource(Source):
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, sorted by path; what is hidden is passed over."""
+    """All files below a folder, sorted by path; what is hidden is passed over.
+
+    Links to folders are followed, each folder once, so that a loop ends.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; name the folder of the pictures")
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_fail):
+    seen: set[Path] = set()
+    for parent, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
+        if (here := Path(parent).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     yield from sorted(found)

@@ -214,7 +214,7 @@ def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> ArrowRows:
     tables: list[pa.Table] = []
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as stream:
-            reader = csv.reader(stream, delimiter=separator)
+            reader = csv.reader(stream, delimiter=separator, strict=True)
             names = [name.strip() for name in next(reader)]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise ValueError(f"{path} has two columns named {twice!r}")

@@ -81,7 +81,8 @@ class TableSource(Source):
             if not sum(map(len, self._tables)):
                 raise ValueError(f"where={where} leaves no row of {'; '.join(offers)}")
         if not sum(map(len, self._tables)):
-            raise ValueError(f"{files[0]} holds no row")
+            found = next((rows.problems[0] for rows in self._tables if rows.problems), None)
+            raise ValueError(f"{files[0]} holds no row" + (f" ({found.detail})" if found else ""))
         self.problems = tuple(problem for rows in self._tables for problem in rows.problems)
         self._starts, self._places, self._keys = self._groups(merge=merge)
         options = {"image": image, "caption": caption, "key": key, "where": where, "merge": merge}

@@ -1,5 +1,6 @@
 """How threads share requests: made again where trouble may pass, made once for all, made ahead."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -9,6 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from tenacity import (
+    RetryCallState,
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
@@ -30,6 +32,8 @@ _PATIENCE, _LITTLE_PATIENCE = 1 / 3, 1 / 12
 # How long what failed is not asked for again: the other samples of a block fail with the first.
 _FAILED_S = 60.0
 _MAX_WAITING = 64
+_BETWEEN_WORDS_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class Insistence:
@@ -48,6 +52,7 @@ class Insistence:
         self._wait = wait_exponential(wait_s, max=_LONGEST_PAUSE_S) + wait_random(0, wait_s)
         self._is_down = False
         self._closing = threading.Event()
+        self._next_word = 0.0
 
     def __call__(self, request: Callable[[float], Result]) -> Result:
         """What the request returns.
@@ -65,6 +70,7 @@ class Insistence:
             wait=self._wait,
             retry=retry_if_exception_type(TroubleError),
             sleep=sleep_using_event(self._closing),
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
@@ -75,6 +81,14 @@ class Insistence:
             raise
         self._is_down = False
         return result
+
+    def _tell(self, state: RetryCallState) -> None:
+        """A sign of life while a place does not answer, now and then."""
+        now = time.monotonic()
+        if now >= self._next_word and state.outcome is not None:
+            self._next_word = now + _BETWEEN_WORDS_S
+            error = state.outcome.exception()
+            _log.warning("%s; try %d of %d failed", error, state.attempt_number, self._tries)
 
     def close(self) -> None:
         """Ends the pauses; nothing is tried again."""
