@@ -696,6 +696,6 @@ def test_linked_folders_are_followed_once(tmp_path):
 def test_a_quote_left_open_at_the_end_is_told(tmp_path):
     pictures(tmp_path)
     table = tmp_path / "table.csv"
-    table.write_text('image,caption\na.png,fine\na.png,"open\nb.png,x\nc.png,y\n')
+    table.write_text('image,caption\np0.png,fine\np1.png,"open\np2.png,x\np3.png,y\n')
     source = open_source([str(table)], format="csv")
     assert "is a quote left open?" in source.problems[0].detail
