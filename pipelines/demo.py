@@ -26,8 +26,8 @@ from pipelines.demo_page import DemoRun, write_page
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.schemas import DemoConfig, EmbedConfig
 from shards import demo as data
+from shards.catalog import MANIFEST_FILE
 from shards.demo.edits import ComposedPair, composed_pairs, split_by_base
-from shards.manifest import MANIFEST_FILE
 from shards.packing import pack
 
 HELD_OUT_BASES = 0.5

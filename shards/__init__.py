@@ -6,6 +6,7 @@
 | `storage` | where shards lie: folders, URLs, compressed files, the local cache |
 | `tar` | what is inside a tar file, found by one walk over its headers |
 | `manifest` | `Manifest`: shards, samples, offsets, fingerprint |
+| `catalog`, `scan` | its two files; how it is made where there are none |
 | `quarantine` | samples that were set aside |
 | `order` | `Order` and `Mixture`: which sample stands at which position, a pure function |
 | `read` | `ShardReader`: the bytes of a sample |

@@ -1,67 +1,32 @@
 """What a data set holds: shards, samples, and where the bytes of each sample lie.
 
 A data set is a folder of shards and two more files: `manifest.json` (shards, sizes, hashes, known
-problems) and `samples.parquet` (one row per sample, in shard order). The row number is the sample's
-stable id. Folders that others made get both files from one walk over the headers. A third file,
-`quarantine.json`, names samples that were found bad later; they are left out, and the ids of the
-others close up.
+problems) and `samples.parquet` (one row per sample, in shard order). Folders that others made get
+both files from one walk over the headers. A third file, `quarantine.json`, names samples that were
+found bad later. A sample's id is its row among those that are left, so it means the same sample as
+long as the fingerprint is the same.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from shards.atomic import replacing
+from shards.catalog import MANIFEST_FILE, Shard, TornError, read_files, write_files
 from shards.damage import BadSample, Problem, Reason
-from shards.quarantine import QUARANTINE_FILE, read_lists, written_list
+from shards.quarantine import find_lists, read_lists, write_lists
 from shards.scan import sample_table, walks
-from shards.storage import LocalStorage, Storage, storage_of
+from shards.storage import LocalStorage, Storage, cache_folder, storage_of
 from shards.tar import TarContent
 
-MANIFEST_FILE = "manifest.json"
-SAMPLES_FILE = "samples.parquet"
 IMAGE_FIELDS = ("webp", "jpg", "jpeg", "png", "gif", "bmp")
 """Fields that hold a picture; a sample with several uses the first of them."""
 CAPTION_FIELD = "txt"
 JSON_FIELD = "json"
-
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file.
-
-    Attributes:
-        name: File name inside its storage.
-        samples: Number of samples.
-        bytes: Size of the file.
-        headers: SHA-256 of its tar headers.
-        sha256: SHA-256 of the whole file; empty where only the headers were read.
-        source: Which of the manifest's storages it lies in.
-        version: What `Storage.version` said when it was scanned; empty where it was packed here.
-    """
-
-    name: str
-    samples: int
-    bytes: int
-    headers: str
-    sha256: str = ""
-    source: int = 0
-    version: str = ""
-
-    @property
-    def identity(self) -> str:
-        """Changes when the shard does: the hash of all of it, or of its headers."""
-        return self.sha256 or self.headers
 
 
 class Manifest:
@@ -310,25 +275,7 @@ class Manifest:
             place: Where to, if not beside the shards.
         """
         place = place or self.folder
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.samples, sink, compression="zstd")
-        table = sink.getvalue().to_pybytes()
-        with replacing(place / SAMPLES_FILE) as stream:
-            stream.write(table)
-        shards = [asdict(shard) for shard in self.shards]
-        for shard in shards:
-            del shard["source"]
-        content = {
-            "version": _VERSION,
-            "total": len(self),
-            "fields": self.fields,
-            "fingerprint": self.fingerprint,
-            "samples_sha256": hashlib.sha256(table).hexdigest(),
-            "shards": shards,
-            "problems": [problem.as_dict() for problem in self.problems],
-        }
-        with replacing(place / MANIFEST_FILE) as stream:
-            stream.write(json.dumps(content, indent=1).encode())
+        write_files(place, self.shards, self.samples, self.problems, self.fingerprint)
 
     def set_aside(self, bad: Mapping[int, Problem]) -> Path | None:
         """Writes the quarantine list: `open` leaves these samples out from now on.
@@ -342,16 +289,11 @@ class Manifest:
 
         Returns:
             The file; None where nothing is set aside any more.
+
+        Raises:
+            OSError: If it can be written in neither place.
         """
-        beside, cached = _quarantine_files(self.storages[0])
-        if beside is not None and _set_aside(beside, bad, self.shards):
-            _set_aside(cached, {}, self.shards)
-            return beside if beside.is_file() else None
-        # What lies beside them cannot be changed; the list in the cache has the last word.
-        overrules = self.storages[0].small_file(QUARANTINE_FILE) is not None
-        if not _set_aside(cached, bad, self.shards, overrules=overrules):
-            raise OSError(f"{cached} cannot be written")
-        return cached if bad else None
+        return write_lists(self.storages[0], bad, self.shards)
 
     def kept(self, rows: np.ndarray, *, problems: Sequence[Problem], note: str) -> "Manifest":
         """The data set without some of its samples.
@@ -377,12 +319,7 @@ class Manifest:
 
     def _without_quarantine(self) -> "Manifest":
         storage = self.storages[0]
-        _, cached = _quarantine_files(storage)
-        lists: dict[str, bytes] = {}
-        if (data := storage.small_file(QUARANTINE_FILE)) is not None:
-            lists[f"{storage.url}/{QUARANTINE_FILE}"] = data
-        if cached.is_file():
-            lists[str(cached)] = cached.read_bytes()
+        lists = find_lists(storage)
         bad, problems = read_lists(lists, self.shards)
         if not len(bad):
             return self
@@ -398,7 +335,7 @@ class Manifest:
         for home in (storage, LocalStorage(cache_folder(storage))):
             try:
                 manifest = cls._load(storage, home)
-            except _TornError:
+            except TornError:
                 continue  # a scan was cut off between its two files
             if manifest is not None and (manifest.is_packed or manifest._is_current(home)):
                 return manifest
@@ -406,28 +343,8 @@ class Manifest:
 
     @classmethod
     def _load(cls, storage: Storage, home: Storage) -> "Manifest | None":
-        data = home.small_file(MANIFEST_FILE)
-        if data is None:
-            return None
-        path, table = f"{home.url}/{MANIFEST_FILE}", f"{home.url}/{SAMPLES_FILE}"
-        try:
-            content = json.loads(data)
-            version = content["version"]
-            if version != _VERSION:
-                raise ValueError(f"version {version}; this program reads version {_VERSION}")
-            shards = [Shard(**shard) for shard in content["shards"]]
-            problems = [_problem(problem) for problem in content["problems"]]
-            rows = home.small_file(SAMPLES_FILE) or b""
-            whole = hashlib.sha256(rows).hexdigest() == content["samples_sha256"]
-            samples = pq.read_table(pa.BufferReader(rows)) if whole else pa.table({})
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(
-                f"{path} is unreadable ({error}); remove it to scan the shards"
-            ) from None
-        if not whole or not _fits(samples, shards):
-            kind = ValueError if all(shard.sha256 for shard in shards) else _TornError
-            raise kind(f"{table} does not belong to {path}; remove both to scan the shards")
-        return cls(storage, shards, samples, problems)._of_names(storage)
+        found = read_files(home)
+        return None if found is None else cls(storage, *found)._of_names(storage)
 
     def _of_names(self, storage: Storage) -> "Manifest":
         """The shards that the storage was asked for, of all that the manifest knows."""
@@ -475,57 +392,3 @@ class Manifest:
             return all(shard.version == storage.version(shard.name) for shard in self.shards)
         except BadSample:
             return False
-
-
-class _TornError(ValueError):
-    """The two files of a scan do not belong together; another scan mends it."""
-
-
-def cache_folder(storage: Storage, *, whole: bool = False) -> Path:
-    """Where the files of a remote or read-only data set are kept (below `$XDG_CACHE_HOME`).
-
-    Args:
-        storage: Where its shards lie.
-        whole: For all shards of the place, whichever of them were named.
-    """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    url = storage.url if storage.folder is None else str(storage.folder.resolve())
-    identity = "\0".join([url, *(() if whole else storage.names or ())])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    return root / "clip-align" / "manifests" / name
-
-
-def _quarantine_files(storage: Storage) -> tuple[Path | None, Path]:
-    """Where the list of a place lies: beside the shards, if they are local, and in the cache."""
-    beside = None if storage.folder is None else storage.folder / QUARANTINE_FILE
-    return beside, cache_folder(storage, whole=True) / QUARANTINE_FILE
-
-
-def _set_aside(
-    path: Path, bad: Mapping[int, Problem], shards: Sequence[Shard], *, overrules: bool = False
-) -> bool:
-    """Writes a list, or removes one that says nothing any more; False where that cannot be done."""
-    before = path.read_bytes() if path.is_file() else None
-    content = written_list(bad, shards, before=before, overrules=overrules)
-    try:
-        if content is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as stream:
-                stream.write(content)
-    except OSError:
-        return False
-    return True
-
-
-def _problem(entry: dict[str, str]) -> Problem:
-    return Problem(**{**entry, "reason": Reason(entry["reason"])})
-
-
-def _fits(samples: pa.Table, shards: Sequence[Shard]) -> bool:
-    """Whether the rows are those of the shards, in order, and the shards lie in the folder."""
-    if any(Path(shard.name).name != shard.name for shard in shards):
-        return False
-    numbers = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
-    return np.array_equal(samples["shard"].to_numpy(), numbers)

@@ -6,39 +6,49 @@ its samples are bad. A shard that changed since makes the list void, and that is
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from shards.atomic import replacing
+from shards.catalog import Shard
 from shards.damage import Problem, Reason
+from shards.storage import Storage, cache_folder
 
 QUARANTINE_FILE = "quarantine.json"
 
 _VERSION = 1
 
 
-@runtime_checkable
-class Identified(Protocol):
-    """A shard, as far as the list knows it; see `shards.manifest.Shard`."""
+def find_lists(storage: Storage) -> dict[str, bytes]:
+    """The lists of a place: the one beside the shards, then the one in the user's cache."""
+    _, cached = _places(storage)
+    lists: dict[str, bytes] = {}
+    if (data := storage.small_file(QUARANTINE_FILE)) is not None:
+        lists[f"{storage.url}/{QUARANTINE_FILE}"] = data
+    if cached.is_file():
+        lists[str(cached)] = cached.read_bytes()
+    return lists
 
-    @property
-    def name(self) -> str:
-        """Its file."""
-        ...
 
-    @property
-    def samples(self) -> int:
-        """How many it holds."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Changes when the shard does."""
-        ...
+def write_lists(
+    storage: Storage, bad: Mapping[int, Problem], shards: Sequence[Shard]
+) -> Path | None:
+    """Sets samples aside; see `shards.manifest.Manifest.set_aside`."""
+    beside, cached = _places(storage)
+    if beside is not None and _write(beside, bad, shards):
+        _write(cached, {}, shards)
+        return beside if beside.is_file() else None
+    # What lies beside them cannot be changed; the list in the cache has the last word.
+    overrules = storage.small_file(QUARANTINE_FILE) is not None
+    if not _write(cached, bad, shards, overrules=overrules):
+        raise OSError(f"{cached} cannot be written")
+    return cached if bad else None
 
 
 def read_lists(
-    lists: Mapping[str, bytes], shards: Sequence[Identified]
+    lists: Mapping[str, bytes], shards: Sequence[Shard]
 ) -> tuple[np.ndarray, list[Problem]]:
     """Which samples are set aside, and why.
 
@@ -78,7 +88,7 @@ def read_lists(
 
 def written_list(
     bad: Mapping[int, Problem],
-    shards: Sequence[Identified],
+    shards: Sequence[Shard],
     *,
     before: bytes | None,
     overrules: bool = False,
@@ -122,7 +132,7 @@ class _OtherShardsError(Exception):
     """A shard is not the one that the list speaks of."""
 
 
-def _said(data: bytes, known: Mapping[str, Identified]) -> dict[str, dict[int, Problem]]:
+def _said(data: bytes, known: Mapping[str, Shard]) -> dict[str, dict[int, Problem]]:
     """What one list says of the shards that are known."""
     content = json.loads(data)
     if content["version"] != _VERSION:
@@ -141,3 +151,31 @@ def _said(data: bytes, known: Mapping[str, Identified]) -> dict[str, dict[int, P
                 name, entry["key"], Reason(entry["reason"]), entry["detail"]
             )
     return said
+
+
+def _places(storage: Storage) -> tuple[Path | None, Path]:
+    """Where the lists of a place lie: beside the shards, if they are local, and in the cache."""
+    beside = None if storage.folder is None else storage.folder / QUARANTINE_FILE
+    return beside, cache_folder(storage, whole=True) / QUARANTINE_FILE
+
+
+def _write(
+    path: Path,
+    bad: Mapping[int, Problem],
+    shards: Sequence[Shard],
+    *,
+    overrules: bool = False,
+) -> bool:
+    """Writes a list, or removes one that says nothing any more; False where that cannot be done."""
+    before = path.read_bytes() if path.is_file() else None
+    content = written_list(bad, shards, before=before, overrules=overrules)
+    try:
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as stream:
+                stream.write(content)
+    except OSError:
+        return False
+    return True

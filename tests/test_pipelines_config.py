@@ -419,3 +419,20 @@ def test_a_list_can_be_given_as_an_argument():
     config = parse("pretrain", ["data", "out", "caption_fields=[txt.lines, json.alt]"])
     assert isinstance(config, schemas.PretrainConfig)
     assert config.caption_fields == ["txt.lines", "json.alt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["txt", "txt.lines", "json.a.b", "json.", "json..a", "foo", "txt."]
+)
+def test_caption_fields_are_checked_early_as_they_are_later(name):
+    from shards.captions import CaptionRule
+
+    def refuses(check):
+        try:
+            check()
+        except ValueError as error:
+            return f"unknown place of captions {name!r}" in str(error)
+        return False
+
+    early = refuses(lambda: parse("pretrain", ["data", "out", f"caption_fields=['{name}']"]))
+    assert early == refuses(lambda: CaptionRule((name,)))

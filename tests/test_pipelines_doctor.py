@@ -64,6 +64,11 @@ def examine(capsys, monkeypatch) -> Callable[..., SimpleNamespace]:
     """
     measure = doctor.measure
     monkeypatch.setattr(doctor, "measure", lambda *_, **__: rates())
+    # However busy the machine is, there is time to look at all samples that are drawn.
+    whole = doctor.look
+    monkeypatch.setattr(
+        doctor, "look", lambda *given, **options: whole(*given, **{**options, "seconds": 60.0})
+    )
 
     def run(
         where: Path, out: Path, /, *, timed: bool = False, processes: int = 1, **changes: Any

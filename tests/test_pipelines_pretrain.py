@@ -30,10 +30,11 @@ from align.checkpoint import checkpoints
 from pipelines import pretrain, run_folder, training
 from pipelines.config import ConfigError, build
 from pipelines.schemas import PretrainConfig
-from shards.damage import Reason
-from shards.manifest import Manifest, cache_folder
+from shards.damage import Reason, TooMuchDamageError
+from shards.manifest import Manifest
 from shards.quarantine import QUARANTINE_FILE, written_list
 from shards.sources import Record
+from shards.storage import cache_folder
 
 CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
 STEPS = 12
@@ -645,6 +646,18 @@ def test_validation_reads_captions_where_training_does(tmp_path):
     )
     assert pretrain.run(config(values)) == 0
     assert "image_to_text_recall@1" in metrics(tmp_path / "run")[-1]
+
+
+def test_a_run_that_stops_for_damage_goes_on_where_it_stopped(damaged, tmp_path):
+    # Two of 48 are bad: above this share once both were met, in the first of two epochs.
+    values = tiny_pretrain(damaged, tmp_path / "run", samples=96, max_bad_fraction=0.021)
+    with pytest.raises(TooMuchDamageError, match="--resume with a higher max_bad_fraction"):
+        pretrain.run(config(values))
+    (saved,) = checkpoints(tmp_path / "run")
+    assert 0 < int(saved.name.removeprefix("step_")) < 4
+    again = {**values, "resume": True, "max_bad_fraction": 0.5}
+    assert pretrain.run(config(again)) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 6
 
 
 def test_two_data_sets_are_mixed_by_weight_and_counted(data, damaged, tmp_path):

@@ -12,14 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from shards_corpus import SIDE, picture, sample, write_set, write_tar
 
-from shards import manifest as manifest_module
+from shards import catalog as catalog_module
+from shards import quarantine as quarantine_module
+from shards.catalog import Shard
 from shards.damage import Reason
 from shards.loader import ShardLoader, iterate
-from shards.manifest import Manifest, Shard, cache_folder
+from shards.manifest import Manifest
 from shards.packing import pack
 from shards.quarantine import QUARANTINE_FILE
 from shards.sources import Record
-from shards.storage import LocalStorage, storage_of
+from shards.storage import LocalStorage, cache_folder, storage_of
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +99,15 @@ def test_a_scan_is_made_anew_when_the_shards_change(folder, tmp_path):
 
 def unwritable(monkeypatch, folder):
     """Makes a folder read-only, also for a super-user."""
-    real = manifest_module.replacing
+    real = catalog_module.replacing
 
     def refusing(path):
         if path.parent == folder:
             raise PermissionError(13, "read-only", str(path))
         return real(path)
 
-    monkeypatch.setattr(manifest_module, "replacing", refusing)
+    for module in (catalog_module, quarantine_module):
+        monkeypatch.setattr(module, "replacing", refusing)
 
 
 def set_aside(place, rows):

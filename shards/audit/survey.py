@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.catalog import MANIFEST_FILE
 from shards.damage import BadSample, Problem
-from shards.manifest import CAPTION_FIELD, JSON_FIELD, MANIFEST_FILE, Manifest
+from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
 from shards.storage import Storage
 
 _HASH_BLOCK = 1 << 20

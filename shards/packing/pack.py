@@ -15,9 +15,10 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from shards.catalog import MANIFEST_FILE, SAMPLES_FILE
 from shards.damage import Problem
 from shards.decode import Limits
-from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
+from shards.manifest import Manifest
 from shards.order import hash64
 from shards.packing.assemble import Rules, ShardWriter, WrittenShard, too_strict
 from shards.packing.recode import Recode

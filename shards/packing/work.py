@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import replacing, sync_folder
-from shards.manifest import MANIFEST_FILE, SAMPLES_FILE, Manifest
+from shards.catalog import MANIFEST_FILE, SAMPLES_FILE
+from shards.manifest import Manifest
 from shards.packing.sidecars import possible_names
 from shards.quarantine import QUARANTINE_FILE
 

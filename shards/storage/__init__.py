@@ -7,7 +7,7 @@ pack` makes plain ones. Remote shards are read in blocks that the cache keeps.
 | module | holds |
 |---|---|
 | `storage` | `Storage`, the promise of every place; `Reading`, its limits |
-| `place` | `storage_of`: paths, patterns, URLs |
+| `place` | `storage_of`: paths, patterns, URLs; `cache_folder`: what is known of a place |
 | `local` | a folder |
 | `remote`, `fetching`, `transport` | a URL: its blocks; tries and shared requests; one request |
 | `unpack` | compressed shards |
@@ -15,7 +15,7 @@ pack` makes plain ones. Remote shards are read in blocks that the cache keeps.
 """
 
 from shards.storage.local import LocalStorage
-from shards.storage.place import storage_of
+from shards.storage.place import cache_folder, storage_of
 from shards.storage.storage import Reading, Storage
 
-__all__ = ["LocalStorage", "Reading", "Storage", "storage_of"]
+__all__ = ["LocalStorage", "Reading", "Storage", "cache_folder", "storage_of"]

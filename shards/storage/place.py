@@ -1,6 +1,8 @@
 """From what a user names (a path, a pattern, a URL) to the storage that reads it."""
 
+import hashlib
 import math
+import os
 import re
 from pathlib import Path
 
@@ -48,6 +50,20 @@ def storage_of(place: Path | str, *, reading: Reading | None = None) -> Storage:
     else:
         inner = LocalStorage(Path(text), names)
     return UnpackingStorage(inner, reading=reading)
+
+
+def cache_folder(storage: Storage, *, whole: bool = False) -> Path:
+    """Where the files of a remote or read-only data set are kept (below `$XDG_CACHE_HOME`).
+
+    Args:
+        storage: Where its shards lie.
+        whole: For all shards of the place, whichever of them were named.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    url = storage.url if storage.folder is None else str(storage.folder.resolve())
+    identity = "\0".join([url, *(() if whole else storage.names or ())])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return root / "clip-align" / "manifests" / name
 
 
 def _protocol(text: str) -> str:
