@@ -16,13 +16,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from align.bundle import load, save
     from align.losses import InfoNCE
-    from align.model import DualEncoder
+    from align.model import DualEncoder, DualEncoderConfig, Tower
+    from align.tokenizer import Tokenizer
 
-__all__ = ["DualEncoder", "InfoNCE", "load", "save"]
+__all__ = [
+    "DualEncoder",
+    "DualEncoderConfig",
+    "InfoNCE",
+    "Tokenizer",
+    "Tower",
+    "load",
+    "save",
+]
 
 _HOMES = {
     "DualEncoder": "align.model",
+    "DualEncoderConfig": "align.model",
     "InfoNCE": "align.losses",
+    "Tokenizer": "align.tokenizer",
+    "Tower": "align.model",
     "load": "align.bundle",
     "save": "align.bundle",
 }

@@ -18,12 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from align.encoders import HuggingFaceTextEncoder, TimmImageEncoder
 from align.folders import damage, whole_folder
-from align.model import DualEncoder, DualEncoderConfig, Tower
+from align.model import DualEncoder, DualEncoderConfig
 from align.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(
@@ -49,6 +48,7 @@ def save(
         description = {
             "format": FORMAT,
             "model": config.to_dict(),
+            "tokenizer": {"clean": model.tokenizer.clean},
             "provenance": provenance or {},
         }
         (beside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -74,7 +74,9 @@ def load(path: Path | str) -> DualEncoder:
         if description["format"] != FORMAT:
             raise ValueError(f"format {description['format']}; this version reads {FORMAT}")
         config = DualEncoderConfig.from_dict(description["model"])
-        tokenizer = Tokenizer.load(folder / "tokenizer", context_length=config.context_length)
+        tokenizer = Tokenizer.load(
+            folder / "tokenizer", context_length=config.context_length, **description["tokenizer"]
+        )
         model = DualEncoder(config, tokenizer)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except KeyError as error:
@@ -100,17 +102,14 @@ def _from_hub(name: str) -> Path:
 
 def _self_contained(model: DualEncoder) -> DualEncoderConfig:
     """The configuration with everything resolved that otherwise a hub or a library would supply."""
-    config = model.config
-    if isinstance(model.image, TimmImageEncoder):
-        options = {**config.image.options, **model.image.statistics, "pretrained": False}
-        config = replace(config, image=Tower(config.image.name, options))
-    if isinstance(model.text, HuggingFaceTextEncoder):
-        settings = json.loads(model.text.transformer.config.to_json_string(use_diff=False))
-        kept = {"pooler", "attention"} & set(config.text.options)
-        own = {key: config.text.options[key] for key in sorted(kept)}
-        name = f"hf:{settings['model_type']}"
-        config = replace(config, text=Tower(name, {"config": settings, **own}))
-    return config
+    towers = {
+        side: replace(recipe, name=tower.name, options=tower.recipe())
+        for side, recipe, tower in (
+            ("image", model.config.image, model.image),
+            ("text", model.config.text, model.text),
+        )
+    }
+    return replace(model.config, **towers)
 
 
 def fingerprint(path: Path | str) -> str:

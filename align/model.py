@@ -1,6 +1,7 @@
 """The dual encoder: two towers, two projections, one space."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,17 +11,25 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES, Features, build_tower
+from align.encoders import build_image_tower, build_text_tower
+from align.encoders.tower import Features, Vocabulary
 from align.preprocess import preprocess
 from align.tokenizer import TokenBatch, Tokenizer
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Which tower to build: a prefixed name and the options of the library behind it."""
+    """Which tower to build, and how its width becomes that of the space.
+
+    Attributes:
+        name: prefixed, such as `timm:resnet50`; see `align.encoders`.
+        options: of the library behind it.
+        projection: one of `PROJECTIONS`.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    projection: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class DualEncoderConfig:
         dim: width of the aligned space.
         image_size: side of the square pictures that the image tower gets, in pixels.
         context_length: longest text, in tokens.
+        fit: how a picture becomes square: `crop` (its central square) or `squash` (all of it).
     """
 
     image: Tower
@@ -40,6 +50,7 @@ class DualEncoderConfig:
     dim: int = 512
     image_size: int = 224
     context_length: int = 77
+    fit: str = "crop"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -55,44 +66,78 @@ class DualEncoderConfig:
 class DualEncoder(nn.Module):
     """Two towers and one space: `normalise(U f(picture))` and `normalise(V g(text))`.
 
-    Radford et al. 2021 (arXiv 2103.00020, figure 3): linear projections without bias, unit length.
+    Radford et al. 2021 (arXiv 2103.00020, figure 3), whose projections are linear, without bias.
 
     Args:
         config: what to build.
-        tokenizer: needed by `encode_text`; also fixes the size of the text tower's vocabulary.
+        tokenizer: needed by `encode_text`; a text tower from scratch takes over its vocabulary.
+
+    Attributes:
+        logit_scale: what similarities are multiplied by is `exp(logit_scale)`: the inverse
+            temperature that training ended with.
+        logit_bias: what is added then (Zhai et al. 2023); zero unless trained with it.
 
     Raises:
         ValueError: an unknown tower or option, or a tokenizer that does not fit the text tower.
     """
 
+    logit_scale: Tensor
+    logit_bias: Tensor
+
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.image = build_tower(config.image.name, IMAGE_LIBRARIES, **config.image.options)
-        text_options = dict(config.text.options)
-        if not text_options.get("pretrained") and "config" not in text_options:
-            text_options.setdefault("vocab_size", len(tokenizer))
-            text_options.setdefault("pad_token_id", tokenizer.backend.pad_token_id)
-        self.text = build_tower(config.text.name, TEXT_LIBRARIES, **text_options)
+        self.image = build_image_tower(
+            config.image.name, image_size=config.image_size, **config.image.options
+        )
+        vocabulary = Vocabulary(len(tokenizer), tokenizer.pad_id, tokenizer.end_id)
+        self.text = build_text_tower(config.text.name, vocabulary=vocabulary, **config.text.options)
         self._check_tokenizer()
-        self.image_projection = nn.Linear(self.image.width, config.dim, bias=False)
-        self.text_projection = nn.Linear(self.text.width, config.dim, bias=False)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.image_projection = _projection(config.image, self.image.width, config.dim)
+        self.text_projection = _projection(config.text, self.text.width, config.dim)
+        self.register_buffer("logit_scale", torch.tensor(math.log(1 / 0.07)))
+        self.register_buffer("logit_bias", torch.tensor(0.0))
 
     def _check_tokenizer(self) -> None:
-        if len(self.tokenizer) > self.text.vocabulary_size:
+        tokenizer, text, name = self.tokenizer, self.text, self.config.text.name
+        if len(tokenizer) > text.vocabulary_size:
             raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} entries, the text tower "
-                f"{self.config.text.name} embeds {self.text.vocabulary_size}: set "
+                f"the tokenizer has {len(tokenizer)} entries, the text tower "
+                f"{name} embeds {text.vocabulary_size}: set "
                 "model.text.options.vocab_size or choose the tower's own tokenizer"
             )
-        if self.config.context_length > self.text.max_length:
+        if self.config.context_length > text.max_length:
             raise ValueError(
                 f"context_length {self.config.context_length} is more than the text tower "
-                f"{self.config.text.name} can take ({self.text.max_length} positions)"
+                f"{name} can take ({text.max_length} positions)"
             )
+        if text.pad_is_an_entry and tokenizer.pad_id != text.pad_id:
+            raise ValueError(
+                f"the tokenizer pads with id {tokenizer.pad_id}, the text tower {name} takes id "
+                f"{text.pad_id} for padding: choose the tower's own tokenizer"
+            )
+        if text.end_id is not None and tokenizer.end_id != text.end_id:
+            raise ValueError(
+                f"the text tower {name} looks for the end of a text by id {text.end_id}, the "
+                f"tokenizer ends texts with {tokenizer.end_id}: choose the tower's own tokenizer"
+            )
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Set the mode of training; what is frozen stays in evaluation.
+
+        A frozen tower neither drops anything nor moves the statistics of its normalisation.
+        """
+        super().train(mode)
+        if mode:
+            for tower in (self.image, self.text):
+                if not any(parameter.requires_grad for parameter in tower.parameters()):
+                    tower.eval()
+            for part in self.modules():
+                own = list(part.parameters(recurse=False))
+                if own and not any(parameter.requires_grad for parameter in own):
+                    part.eval()
+        return self
 
     def image_features(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
         """The image tower's pooled features and tokens, before projection."""
@@ -101,7 +146,10 @@ class DualEncoder(nn.Module):
     def text_features(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
     ) -> Features:
-        """The text tower's pooled features and tokens, before projection."""
+        """The text tower's pooled features and tokens, before projection.
+
+        Rows do not depend on each other, nor on how far they are padded.
+        """
         return self.text(ids, mask)
 
     def project_image(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
@@ -119,19 +167,26 @@ class DualEncoder(nn.Module):
         mask: Bool[Tensor, "batch tokens"],
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
         """Embed a batch of pairs: (pictures, texts)."""
-        return (
-            self.project_image(self.image_features(images).pooled),
-            self.project_text(self.text_features(ids, mask).pooled),
+        return self.project_image(self.image(images).pooled), self.project_text(
+            self.text.pool(ids, mask)
         )
+
+    def logits(
+        self, image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "images texts"]:
+        """What a softmax over texts (or a sigmoid, for sigmoid losses) makes probabilities of."""
+        scale, bias = self.logit_scale.to(image.device), self.logit_bias.to(image.device)
+        return scale.exp() * image @ text.T + bias
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.image_projection.weight.device
+        return self.logit_scale.device
 
     def preprocess(self, images: Sequence[Image.Image]) -> UInt8[Tensor, "batch 3 size size"]:
         """Pictures as the image tower wants them; see `align.preprocess`."""
-        return torch.stack([preprocess(image, self.config.image_size) for image in images])
+        size, fit = self.config.image_size, self.config.fit
+        return torch.stack([preprocess(image, size, fit=fit) for image in images])
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Texts as the text tower wants them."""
@@ -157,8 +212,7 @@ class DualEncoder(nn.Module):
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
                 pixels = part if isinstance(part, Tensor) else self.preprocess(part)
-                features = self.image_features(pixels.to(self.device))
-                rows.append(self.project_image(features.pooled).cpu())
+                rows.append(self.project_image(self.image(pixels.to(self.device)).pooled).cpu())
             return torch.cat(rows)
 
     @torch.no_grad()
@@ -177,9 +231,52 @@ class DualEncoder(nn.Module):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(texts), batch_size):
                 tokens = self.tokenize(texts[start : start + batch_size]).to(self.device)
-                features = self.text_features(tokens.ids, tokens.mask)
-                rows.append(self.project_text(features.pooled).cpu())
+                pooled = self.text.pool(tokens.ids, tokens.mask)
+                rows.append(self.project_text(pooled).cpu())
             return torch.cat(rows)
+
+
+def _linear(width: int, dim: int, *, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(width, dim, bias=bias)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def _affine(width: int, dim: int) -> nn.Module:
+    layer = _linear(width, dim, bias=True)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _perceptron(width: int, dim: int) -> nn.Module:
+    hidden = (width + dim) // 2
+    return nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, dim))
+
+
+def _no_projection(width: int, dim: int) -> nn.Module:
+    if width != dim:
+        raise ValueError(
+            f"projection none needs a tower as wide as the space: {width} is not dim {dim}"
+        )
+    return nn.Identity()
+
+
+def _projection(tower: Tower, width: int, dim: int) -> nn.Module:
+    if tower.projection not in PROJECTIONS:
+        raise ValueError(
+            f"unknown projection {tower.projection!r}; known: {', '.join(PROJECTIONS)}"
+        )
+    return PROJECTIONS[tower.projection](width, dim)
+
+
+PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": _linear,
+    "affine": _affine,
+    "mlp": _perceptron,
+    "none": _no_projection,
+}
+"""From a tower's width to that of the space: a matrix, with a bias, with one hidden layer (as
+OpenCLIP's for Hugging Face towers), or nothing."""
 
 
 class _evaluating:  # noqa: N801 - reads as a statement where it is used

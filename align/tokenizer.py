@@ -1,13 +1,16 @@
-"""Text to token ids: any fast Hugging Face tokenizer, or one trained on the captions."""
+"""Text to token ids: any fast Hugging Face tokenizer, CLIP's own, one trained on the captions."""
 
-from collections.abc import Iterable, Sequence
+import gzip
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
+from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -20,65 +23,150 @@ from align.folders import damage
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts as token ids, padded to the longest of the batch; `mask` is `True` on real tokens."""
+    """Texts as token ids, padded to the longest of the batch.
+
+    Attributes:
+        ids: token ids.
+        mask: `True` on real tokens.
+        truncated: how many of the texts were longer than the context and were cut.
+    """
 
     ids: Int[Tensor, "batch tokens"]
     mask: Bool[Tensor, "batch tokens"]
+    truncated: int = 0
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch on another device."""
-        return TokenBatch(self.ids.to(device), self.mask.to(device))
+        return TokenBatch(self.ids.to(device), self.mask.to(device), self.truncated)
 
 
 class Tokenizer:
     """A Hugging Face tokenizer with a context length.
 
     Args:
-        backend: the tokenizer; it needs a padding token.
+        backend: the tokenizer; it pads on the right, with its end token if it has no padding token.
         context_length: longer texts are cut here, in tokens, special ones included.
+        clean: what is done to a text first, in OpenCLIP's terms: `none`, `whitespace` (repair
+            encodings, resolve HTML entities, single spaces), `lower` (and lower case), or
+            `canonicalize` (and no punctuation).
 
     Raises:
-        ValueError: the backend cannot pad.
+        ValueError: the backend cannot pad, or an unknown way to clean.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerFast, *, context_length: int) -> None:
+    def __init__(
+        self, backend: PreTrainedTokenizerFast, *, context_length: int, clean: str = "none"
+    ) -> None:
+        if clean not in CLEANING:
+            raise ValueError(f"unknown way to clean {clean!r}; known: {', '.join(CLEANING)}")
         if backend.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; give it one before using it here")
+            if backend.eos_token is None:
+                raise ValueError(
+                    "the tokenizer has no padding token; give it one before using it here"
+                )
+            backend.pad_token = backend.eos_token  # causal models leave it to the mask
+        backend.padding_side = backend.truncation_side = "right"
         self.backend = backend
         self.context_length = context_length
+        self.clean = clean
 
     def __len__(self) -> int:
         return len(self.backend)
 
     def __call__(self, texts: Sequence[str]) -> TokenBatch:
         """Tokenise texts; padding reaches to the longest text and no further."""
+        clean = _cleaner(self.clean)
         encoded = self.backend(
-            list(texts),
+            [clean(text) for text in texts],
             padding=True,
             truncation=True,
             max_length=self.context_length,
             return_tensors="pt",
         )
-        return TokenBatch(encoded["input_ids"], encoded["attention_mask"].bool())
+        return TokenBatch(
+            encoded["input_ids"],
+            encoded["attention_mask"].bool(),
+            sum(bool(one.overflowing) for one in encoded.encodings or ()),
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """What stands behind the end of shorter texts."""
+        return int(self.backend.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The special token that every text ends with, if there is one."""
+        last: int = self.backend("a")["input_ids"][-1]
+        return last if last in self.backend.all_special_ids else None
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer in Hugging Face's format."""
+        """Write the tokenizer in Hugging Face's format, whatever it was last used for."""
+        self.backend.backend_tokenizer.no_truncation()
+        self.backend.backend_tokenizer.no_padding()
         self.backend.save_pretrained(str(folder))
 
     @classmethod
-    def load(cls, name: Path | str, *, context_length: int) -> "Tokenizer":
-        """Load from a folder in Hugging Face's format, or from the hub by name.
+    def load(
+        cls, name: Path | str, *, context_length: int, clean: str | None = None
+    ) -> "Tokenizer":
+        """Load from a folder in Hugging Face's format, from the hub by name, or `clip` (`clip()`).
 
         Raises:
             ValueError: there is no tokenizer of that name.
         """
+        if str(name) == "clip":
+            return cls.clip(context_length=context_length)
         try:
-            backend = AutoTokenizer.from_pretrained(str(name), use_fast=True)
-        except (OSError, ValueError) as error:
+            backend = AutoTokenizer.from_pretrained(
+                str(name), use_fast=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"no tokenizer could be read from {str(name)!r}: {damage(error)}"
             ) from error
-        return cls(backend, context_length=context_length)
+        return cls(backend, context_length=context_length, clean=clean or "none")
+
+    @classmethod
+    def clip(cls, *, context_length: int = 77) -> "Tokenizer":
+        """CLIP's own byte pairs (Radford et al. 2021), out of the vocabulary that OpenCLIP ships.
+
+        The same ids as `open_clip.SimpleTokenizer`, without a network.
+        """
+        from open_clip.tokenizer import bytes_to_unicode, default_bpe
+
+        with gzip.open(default_bpe(), "rt", encoding="utf-8") as lines:
+            merges = [tuple(line.split()) for line in lines.read().split("\n")[1:48895]]
+        letters = list(bytes_to_unicode().values())
+        entries = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+        entries += _CLIP_ENDS
+        raw = RawTokenizer(
+            BPE(
+                {entry: number for number, entry in enumerate(entries)},
+                merges,  # pyright: ignore[reportArgumentType]
+                end_of_word_suffix="</w>",
+            )
+        )
+        raw.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+            [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        raw.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+            [
+                pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        raw.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=f"{_CLIP_ENDS[0]} $A {_CLIP_ENDS[1]}",
+            special_tokens=[(entry, entries.index(entry)) for entry in _CLIP_ENDS],
+        )
+        backend = PreTrainedTokenizerFast(
+            tokenizer_object=raw,
+            bos_token=_CLIP_ENDS[0],
+            eos_token=_CLIP_ENDS[1],
+            pad_token=_CLIP_ENDS[1],
+        )
+        return cls(backend, context_length=context_length, clean="lower")
 
     @classmethod
     def train(
@@ -108,6 +196,19 @@ class Tokenizer:
             sep_token="[SEP]",
         )
         return cls(backend, context_length=context_length)
+
+
+CLEANING = ("none", "whitespace", "lower", "canonicalize")
+_CLIP_ENDS = ["<start_of_text>", "<end_of_text>"]
+_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def _cleaner(name: str) -> Callable[[str], str]:
+    if name == "none":
+        return str
+    from open_clip.tokenizer import get_clean_fn
+
+    return get_clean_fn(name)
 
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -195,7 +195,7 @@ def share_statistics(
     if accelerator.num_processes == 1 or not has:
         return objective
     if accelerator.device.type == "cuda":
-        objective.model.image = convert_sync_batchnorm(objective.model.image)
+        convert_sync_batchnorm(objective.model)  # in place, below the model
         return objective
     accelerator.print(
         "note: the towers have batch normalisation, whose statistics are those of each process's "
@@ -208,8 +208,8 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
     """The dual encoder that a configuration describes."""
     return DualEncoder(
         DualEncoderConfig(
-            image=Tower(config.image.name, dict(config.image.options)),
-            text=Tower(config.text.name, dict(config.text.options)),
+            image=Tower(config.image.name, dict(config.image.options), config.image.projection),
+            text=Tower(config.text.name, dict(config.text.options), config.text.projection),
             dim=config.dim,
             image_size=config.image_size,
             context_length=config.context_length,

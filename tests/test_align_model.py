@@ -20,7 +20,10 @@ from pairs_corpus import (
 )
 from PIL import Image
 
-from align.encoders import POOLERS, HuggingFaceTextEncoder, TimmImageEncoder, build_tower
+from align.encoders import build_image_tower, build_text_tower
+from align.encoders.huggingface_text import HuggingFaceTextEncoder
+from align.encoders.pooling import POOLERS, build_pooler
+from align.encoders.timm_tower import TimmImageEncoder
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.preprocess import preprocess
 from shards.decode import decode_image, fit_square
@@ -160,12 +163,13 @@ def test_poolers_equal_the_pooling_of_the_unpadded_row(lengths, pooler):
     tokens[~mask] = 1e6
     slow = {
         "mean": lambda row: row.mean(dim=0),
+        "attention": lambda row: row.mean(dim=0),  # where it begins
         "max": lambda row: row.max(dim=0).values,
         "cls": lambda row: row[0],
         "last": lambda row: row[-1],
     }[pooler]
     expected = torch.stack([slow(tokens[i, :n]) for i, n in enumerate(lengths)])
-    torch.testing.assert_close(POOLERS[pooler](tokens, mask), expected)
+    torch.testing.assert_close(build_pooler(pooler, 3)(tokens, mask), expected)
 
 
 @every_image_tower
@@ -358,10 +362,8 @@ def one_line(caught: pytest.ExceptionInfo[ValueError]) -> str:
     ],
 )
 def test_mistaken_image_towers_are_named(spec, options, parts):
-    from align.encoders import IMAGE_LIBRARIES
-
     with pytest.raises(ValueError, match=r".") as caught:
-        build_tower(spec, IMAGE_LIBRARIES, **options)
+        build_image_tower(spec, **options)
     for part in parts:
         assert part in one_line(caught)
 
@@ -371,16 +373,14 @@ def test_mistaken_image_towers_are_named(spec, options, parts):
     [
         ("hf:brt", {}, ["hf:brt", "near:", "bert"]),
         ("hf:bert", {"hiden_size": 3}, ["no option 'hiden_size'", "near: hidden_size"]),
-        ("hf:bert", {"pooler": "avg"}, ["unknown pooler 'avg'", "mean, max, cls, last"]),
+        ("hf:bert", {"pooler": "avg"}, ["unknown pooler 'avg'", "native, mean, max, cls, last"]),
         ("bert", {}, ["'bert'", "hf:"]),
     ],
 )
 def test_mistaken_text_towers_are_named(spec, options, parts, monkeypatch):
-    from align.encoders import TEXT_LIBRARIES
-
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r".") as caught:
-        build_tower(spec, TEXT_LIBRARIES, **options)
+        build_text_tower(spec, **options)
     for part in parts:
         assert part in one_line(caught)
 

@@ -21,7 +21,7 @@ from pipelines.config import (
     read_yaml,
     to_yaml,
 )
-from pipelines.schemas import demo, training
+from pipelines.schemas import demo
 
 SHIPPED = sorted(shipped("demo").parent.glob("*.yaml"))
 PRETRAIN: dict[str, Any] = {"data": "shards", "out": "run"}
@@ -406,12 +406,9 @@ def test_the_demo_fills_in_paths_and_splits():
     }
 
 
-def test_the_libraries_and_splits_that_are_checked_early_are_those_that_exist():
-    from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES
+def test_the_splits_that_are_checked_early_are_those_that_exist():
     from shards.demo import SPLITS
 
-    assert set(training.IMAGE_LIBRARIES) == set(IMAGE_LIBRARIES)
-    assert set(training.TEXT_LIBRARIES) == set(TEXT_LIBRARIES)
     assert set(demo.BUILT_IN_SPLITS) == set(SPLITS)
 
 

@@ -1,10 +1,12 @@
 """What `pretrain` can be told."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES
 from pipelines.config import Config
 from pipelines.schemas.values import (
     CAPTION_FIELDS,
@@ -21,11 +23,8 @@ from pipelines.schemas.values import (
     Where,
 )
 
-IMAGE_LIBRARIES = ("timm",)
-TEXT_LIBRARIES = ("hf",)
 
-
-def _tower_name(name: str, libraries: tuple[str, ...]) -> str:
+def _tower_name(name: str, libraries: Iterable[str]) -> str:
     library, separator, rest = name.partition(":")
     if not separator or not rest or library not in libraries:
         known = ", ".join(f"{library}:NAME" for library in libraries)
@@ -40,6 +39,10 @@ class ImageTowerConfig(Config):
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to timm.create_model; also pretrained, mean, std.",
+    )
+    projection: Literal["linear", "affine", "mlp", "none"] = Field(
+        default="linear",
+        description="Into the space: a matrix, with a bias, one hidden layer, none.",
     )
 
     @field_validator("name")
@@ -58,6 +61,10 @@ class TextTowerConfig(Config):
         default_factory=dict,
         description="Fields of the model's configuration; also pretrained and\n"
         "pooler (mean, max, cls, last).",
+    )
+    projection: Literal["linear", "affine", "mlp", "none"] = Field(
+        default="linear",
+        description="Into the space: a matrix, with a bias, one hidden layer, none.",
     )
 
     @field_validator("name")

@@ -1,0 +1,118 @@
+"""Text towers from Hugging Face: any encoder, and causal models too, with a pooler of ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from align.encoders.huggingface import build_model, configuration, plain
+from align.encoders.pooling import NATIVE, build_pooler
+from align.encoders.tower import Features, TextTower, Vocabulary
+
+
+class HuggingFaceTextEncoder(TextTower):
+    """A Hugging Face text encoder with a pooler that respects the mask.
+
+    Args:
+        name: an architecture to build from scratch (`bert`), or a hub id or local folder.
+        pretrained: load the published weights; needs a hub id or folder.
+        pooler: `mean`, `max`, `cls` (first token), `last` (last real token, for causal models),
+            `attention` (a learned query), or `native` (the architecture's own, where it has one).
+        attention: `sdpa` (fused) or `eager`, which is quicker for short texts on a CPU.
+        config: the whole configuration, as a bundle keeps it; `name` is then only a name.
+        vocabulary: of the tokenizer, where the tower is built from scratch.
+        options: fields of the model's configuration (`hidden_size`, `num_hidden_layers`, ...).
+
+    Raises:
+        ValueError: an unknown architecture, pooler or option, or weights that cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        pooler: str = "mean",
+        attention: str = "sdpa",
+        config: Mapping[str, Any] | None = None,
+        vocabulary: Vocabulary | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if vocabulary is not None and config is None and not pretrained:
+            ends = {} if vocabulary.end_id is None else {"eos_token_id": vocabulary.end_id}
+            fitted = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id, **ends}
+            options = {**fitted, **options}
+        settings = configuration(
+            name, "text", pretrained=pretrained, config=config, options=options
+        )
+        width: int = settings.hidden_size
+        self.pooler = None if pooler == NATIVE else build_pooler(pooler, width)
+        self.transformer = build_model(name, settings, pretrained=pretrained, attention=attention)
+        if self.pooler is not None and getattr(self.transformer, "pooler", None) is not None:
+            # The architecture's own pooling layer would never receive a gradient: ours replaces it.
+            self.transformer.pooler = None
+        self.name = f"hf:{name}"
+        self.own = {"pooler": pooler, "attention": attention}
+        self.width = self.token_width = width
+        self.vocabulary_size: int = settings.vocab_size
+        self.pad_id: int | None = settings.pad_token_id
+        self.pad_is_an_entry = any(
+            part.padding_idx is not None
+            for part in self.transformer.modules()
+            if isinstance(part, nn.Embedding)
+        )
+        self.max_length = _positions(self.transformer)
+        if settings.model_type in _PADDING_COUNTS:
+            self.fixed_length = settings.max_position_embeddings
+        elif pooler == NATIVE and settings.model_type == "clip_text_model":
+            self.end_id = settings.eos_token_id  # its pooler looks for it
+
+    @property
+    def body(self) -> nn.Module:
+        """The Hugging Face model."""
+        return self.transformer
+
+    def recipe(self) -> dict[str, Any]:
+        """Options that rebuild the tower without weights."""
+        return {"config": plain(self.transformer.config), **self.own}
+
+    def encode(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Features:
+        """Encode a batch as it is."""
+        masks = {} if self.fixed_length is not None else {"attention_mask": mask.long()}
+        output = self.transformer(input_ids=ids, **masks, **self._cache)
+        tokens = output.last_hidden_state
+        if self.pooler is not None:
+            return Features(self.pooler(tokens, mask), tokens, mask)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{self.name} has no pooler of its own; choose another pooler")
+        return Features(pooled, tokens, mask)
+
+    @property
+    def _cache(self) -> dict[str, bool]:
+        # Causal models would keep keys and values for a next token that never comes.
+        return {"use_cache": False} if hasattr(self.transformer.config, "use_cache") else {}
+
+    def _checkpoint_gradients(self, enabled: bool) -> None:
+        if enabled:
+            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.transformer.gradient_checkpointing_disable()
+
+
+_PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
+"""Architectures that attend to padding: it is part of what they were trained on."""
+
+
+def _positions(transformer: Any) -> int:
+    """The longest text, in tokens; relative positions have no end."""
+    settings = transformer.config
+    longest: int = getattr(settings, "max_position_embeddings", None) or 1 << 30
+    embeddings = getattr(transformer, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    # RoBERTa and its kin count positions from the padding id on.
+    return longest if padding is None else longest - padding - 1

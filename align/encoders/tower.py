@@ -1,0 +1,269 @@
+"""What every tower promises, whatever library it comes from."""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from align.encoders.chunks import plan_chunks
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a tower says of a batch, in the tower's own widths.
+
+    Attributes:
+        pooled: one vector a row.
+        tokens: the vectors it was pooled from (positions of the image, tokens of the text).
+        mask: `True` where a token is real; padding is `False` and must not be read.
+    """
+
+    pooled: Float[Tensor, "batch width"]
+    tokens: Float[Tensor, "batch tokens token_width"]
+    mask: Bool[Tensor, "batch tokens"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a text tower has to know of its tokenizer.
+
+    Attributes:
+        size: number of ids.
+        pad_id: stands behind the end of shorter texts.
+        end_id: the last id of every text, where there is one.
+    """
+
+    size: int
+    pad_id: int
+    end_id: int | None = None
+
+
+class TowerModule(nn.Module, ABC):
+    """What image and text towers have in common.
+
+    Attributes:
+        name: the prefixed name that builds the tower, such as `timm:resnet50`.
+        width: of the pooled vector.
+        token_width: of the tokens.
+    """
+
+    name: str
+    width: int
+    token_width: int
+
+    @property
+    @abstractmethod
+    def body(self) -> nn.Module:
+        """The library's own module, which holds the blocks."""
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """Options that rebuild the tower under `name` without weights, and without a hub."""
+
+    def layer_groups(self) -> list[list[str]]:
+        """Names of the parameters from input to output: the stem, each block, what follows.
+
+        The longest run of like modules is taken for the blocks.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        blocks = _blocks(self)
+        if not blocks:
+            return [names]
+        before, after = blocks[0] + ".", blocks[-1] + "."
+        first = next(i for i, name in enumerate(names) if name.startswith(before))
+        last = max(i for i, name in enumerate(names) if name.startswith(after))
+        inside = [[name for name in names if name.startswith(f"{block}.")] for block in blocks]
+        taken = {name for group in inside for name in group}
+        stem = [name for name in names[:first] if name not in taken]
+        head = [name for name in names[last + 1 :] if name not in taken]
+        between = [name for name in names[first:last] if name not in taken]
+        return [group for group in ([*stem, *between], *inside, head) if group]
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep no activations inside the blocks; compute them again on the way back.
+
+        Raises:
+            ValueError: the architecture cannot.
+        """
+        try:
+            self._checkpoint_gradients(enabled)
+        except (AssertionError, AttributeError, NotImplementedError, ValueError) as error:
+            raise ValueError(f"{self.name} has no gradient checkpointing") from error
+
+    @abstractmethod
+    def _checkpoint_gradients(self, enabled: bool) -> None: ...
+
+
+class ImageTower(TowerModule):
+    """Pictures to vectors.
+
+    Pictures come as uint8 and are scaled and normalised here, on the device:
+    `(x / 255 - mean) / std` for each channel.
+
+    Args:
+        mean: per channel, of pixel values in [0, 1].
+        std: likewise.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, mean: Iterable[float], std: Iterable[float]) -> None:
+        super().__init__()
+        self.statistics = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
+        for key, values in self.statistics.items():
+            buffer = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
+            self.register_buffer(f"pixel_{key}", buffer, persistent=False)
+
+    @abstractmethod
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Features:
+        """Encode normalised pixels."""
+
+    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
+        """Encode a batch of pictures."""
+        pixels = (images.float() - self.pixel_mean) / self.pixel_std
+        return self.encode(pixels.contiguous(memory_format=torch.channels_last))
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the library's module in place, as `torch.compile` does."""
+        self.body.compile(*args, **options)
+
+    def check_size(self, size: int) -> None:
+        """See whether the tower takes square pictures of this size.
+
+        Raises:
+            ValueError: it does not.
+        """
+        training, zeros = self.training, torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        try:
+            with torch.no_grad():
+                self.eval()(zeros.to(self.pixel_mean.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the image tower does not take pictures of {size} px ({first_line(error)}); "
+                f"add model.image.options.img_size={size}, or choose another model.image_size"
+            ) from error
+        finally:
+            self.train(training)
+
+
+class TextTower(TowerModule):
+    """Token ids to vectors.
+
+    A batch is cut into chunks of like length, and each is encoded without the padding that it
+    does not need: the results are those of the whole batch, at a fraction of the work.
+
+    Attributes:
+        vocabulary_size: ids it has embeddings for.
+        max_length: longest text, in tokens.
+        pad_id: what stands where the mask is `False`; None = anything.
+        pad_is_an_entry: whether `pad_id` means padding to the tower even where the mask is `True`.
+        end_id: the id that must end every text; None = none.
+        chunks: how many chunks a batch is cut into.
+        fixed_length: the length that every text is padded to, where padding is part of the
+            mathematics (SigLIP attends to it); None = padding is invisible.
+    """
+
+    vocabulary_size: int
+    max_length: int
+    pad_id: int | None = None
+    pad_is_an_entry: bool = False
+    end_id: int | None = None
+    chunks: int = 4
+    fixed_length: int | None = None
+
+    @abstractmethod
+    def encode(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Features:
+        """Encode a batch as it is."""
+
+    def forward(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Features:
+        """Encode a batch of token ids; the tokens come back at the width they came in."""
+        parts, order = self._encode_chunks(ids, mask)
+        tokens = torch.cat([_widen(part.tokens, ids.shape[1]) for part in parts])
+        return Features(torch.cat([part.pooled for part in parts])[order], tokens[order], mask)
+
+    def pool(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch width"]:
+        """What `forward` calls `pooled`, without bringing the tokens together."""
+        parts, order = self._encode_chunks(ids, mask)
+        return torch.cat([part.pooled for part in parts])[order]
+
+    def _encode_chunks(self, ids: Tensor, mask: Tensor) -> tuple[list[Features], Any]:
+        """The chunks, encoded, and where each row of the batch went."""
+        if self.pad_id is not None:
+            ids = ids.masked_fill(~mask, self.pad_id)
+        if self.fixed_length is not None:
+            missing = max(0, self.fixed_length - ids.shape[1])
+            ids = nn.functional.pad(ids, (0, missing), value=self.pad_id or 0)
+            whole = self.encode(ids, nn.functional.pad(mask, (0, missing)))
+            return [whole], slice(None)
+        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        lengths = (positions * mask).amax(dim=1).clamp(min=1).tolist() if mask.numel() else []
+        plan = plan_chunks(lengths, self.chunks)
+        if len(plan) == 1:
+            width = plan[0].length
+            return [self.encode(ids[:, :width], mask[:, :width])], slice(None)
+        parts = []
+        for chunk in plan:
+            rows = torch.tensor(chunk.rows, device=ids.device)
+            parts.append(self.encode(ids[rows, : chunk.length], mask[rows, : chunk.length]))
+        places = torch.tensor([row for chunk in plan for row in chunk.rows], device=ids.device)
+        return parts, places.argsort()
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the library's module in place, for any length of text."""
+        self.body.compile(*args, **{"dynamic": True, **options})
+
+
+def _widen(tokens: Float[Tensor, "batch tokens width"], length: int) -> Tensor:
+    """Padded with zeros, or cut, to a length."""
+    if tokens.shape[1] == length:
+        return tokens
+    return nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+
+
+def _blocks(module: nn.Module) -> list[str]:
+    """Names of the longest run of modules of one class inside a list or sequence."""
+    best: list[str] = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > len(best):
+            kinds = {type(child) for child in part}
+            if len(kinds) == 1 and any(True for _ in part.parameters()):
+                best = [f"{name}.{i}" if name else str(i) for i in range(len(part))]
+    return best
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Errors that a library meets on its way to published weights, as one clear line.
+
+    Raises:
+        ValueError: instead of them.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Like names, for the end of a message."""
+    found = difflib.get_close_matches(name, list(known), n=3)
+    return f" (near: {', '.join(found)})" if found else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
