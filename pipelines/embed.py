@@ -15,6 +15,7 @@ from eval.embed import EmbeddedRows, write_table
 from pipelines import run_folder
 from pipelines.config import ConfigError
 from pipelines.schemas import EmbedConfig
+from shards.crop import FITS
 from shards.damage import DamageTally
 from shards.loader import Batch, iterate
 from shards.manifest import Manifest
@@ -94,7 +95,12 @@ def embed_pairs(
     size = image_size or model.config.image_size
     tally = DamageTally(total=len(manifest), max_fraction=max_bad_fraction, strict=strict)
     stream = iterate(
-        manifest, batch_size=batch_size, image_size=size, captions=caption_fields, tally=tally
+        manifest,
+        batch_size=batch_size,
+        image_size=size,
+        captions=caption_fields,
+        crop=FITS[model.config.fit],
+        tally=tally,
     )
     for batch in stream:
         rows = select(batch, where or {})
@@ -143,6 +149,7 @@ def _run(config: EmbedConfig) -> int:
             start=start,
             workers=1,
             captions=config.caption_fields,
+            crop=FITS[model.config.fit],
             tally=tally,
         )
         yield from _embedded(_with_bar(stream, manifest, start), model, manifest, config)

@@ -30,6 +30,7 @@ from eval.tasks import composed_retrieval
 from pipelines import run_folder
 from pipelines.config import ConfigError
 from pipelines.schemas import FuseConfig, HeadConfig
+from shards.crop import FITS
 from shards.loader import iterate
 from shards.manifest import Manifest
 
@@ -236,7 +237,8 @@ def picture_features(model: DualEncoder, data: str, asked: Collection[str]) -> P
     bank_keys: list[str] = []
     fields: list[dict[str, Any]] = []
     ids = []
-    for batch in iterate(data, batch_size=256, image_size=model.config.image_size):
+    size, crop = model.config.image_size, FITS[model.config.fit]
+    for batch in iterate(data, batch_size=256, image_size=size, crop=crop):
         features = model.image_features(batch.images)
         embedded = model.project_image(features.pooled)
         rows = [row for row, key in enumerate(batch.keys) if key in asked]

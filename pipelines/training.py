@@ -20,7 +20,7 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
-from shards.crop import RandomCrop
+from shards.crop import FITS, BoxFinder, RandomCrop
 from shards.damage import DamageTally, merged
 from shards.decode import resize
 from shards.loader import Batch, ShardLoader, Source, iterate
@@ -213,6 +213,7 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
             dim=config.dim,
             image_size=config.image_size,
             context_length=config.context_length,
+            fit=config.fit,
         ),
         tokenizer,
     )
@@ -245,15 +246,15 @@ def make_loader(
     )
 
 
-def make_crop(config: PretrainConfig) -> RandomCrop | None:
-    """What draws the part of a picture that is used, or None for the central square.
+def make_crop(config: PretrainConfig) -> RandomCrop | BoxFinder:
+    """What draws the part of a picture that is used, or finds it as the model's fit says.
 
     Raises:
         ConfigError: a senseless range.
     """
     crop = config.augment.crop
     if not config.augment.enabled or crop is None:
-        return None
+        return FITS[config.model.fit]
     try:
         return RandomCrop(config.seed, scale=crop.scale, ratio=crop.ratio)
     except ValueError as error:

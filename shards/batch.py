@@ -1,6 +1,5 @@
 """Samples into batches: what a batch is, how its pictures are made, where bad ones leave gaps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from shards.captions import CaptionRule
-from shards.crop import Box, RandomCrop, central_square
+from shards.crop import BoxFinder, RandomCrop, central_square
 from shards.damage import BadSample, Problem, Reason
 from shards.decode import Limits, decode_square
 from shards.manifest import CAPTION_FIELD, JSON_FIELD, Manifest
@@ -53,13 +52,13 @@ class Picture:
 
     Attributes:
         size: Side of the square that comes out, in pixels.
-        crop: Draws the part of each picture that is used; without it, the central square.
+        crop: Draws the part of each picture that is used, or finds it from height and width.
         fidelity: Whether large JPEG may be read at a reduced size; see `decode_square`.
         limits: What a sample may ask for.
     """
 
     size: int
-    crop: RandomCrop | None = None
+    crop: RandomCrop | BoxFinder = central_square
     fidelity: Literal["exact", "fast"] = "exact"
     limits: Limits = field(default_factory=Limits)
 
@@ -94,7 +93,7 @@ class Decoder:
         self.captions = captions or CaptionRule()
         self.reader = ShardReader(manifest, max_bytes=picture.limits.image_bytes)
 
-    def sample(self, sample: int, crop: Callable[[int, int], Box] = central_square) -> _Sample:
+    def sample(self, sample: int, crop: BoxFinder = central_square) -> _Sample:
         """Reads and decodes one sample.
 
         Args:
@@ -193,9 +192,9 @@ class Draft:
             self._texts[slot] = sample.captions, sample.fields
         return found
 
-    def _crops(self, slots: ndarray) -> list[Callable[[int, int], Box]]:
+    def _crops(self, slots: ndarray) -> list[BoxFinder]:
         crop = self.decoder.picture.crop
-        if crop is None:
-            return [central_square] * len(slots)
+        if not isinstance(crop, RandomCrop):
+            return [crop] * len(slots)
         rows = crop.draws(self.ids[slots], self.epochs[slots])
         return [partial(crop.box, row) for row in rows]

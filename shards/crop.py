@@ -1,11 +1,11 @@
-"""Which part of a picture is used: the central square, or a random box that is a pure function.
+"""Which part of a picture is used: its central square, all of it, or a random box.
 
 Boxes are in pixels of the upright picture. They are found before it is decoded, from the size in
 its header, so that only what is wanted gets resized.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,20 @@ class Box:
 
 
 def central_square(height: int, width: int) -> Box:
-    """The largest square in the middle of a picture: what is used without a crop."""
+    """The largest square in the middle of a picture: what is used unless told otherwise."""
     side = min(height, width)
     return Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+def whole_picture(height: int, width: int) -> Box:
+    """All of a picture, which is then squeezed into the square."""
+    return Box(0, 0, height, width)
+
+
+BoxFinder = Callable[[int, int], Box]
+"""From the height and width of an upright picture to the part of it that is used."""
+FITS: dict[str, BoxFinder] = {"crop": central_square, "squash": whole_picture}
+"""How a picture becomes square, where nothing is random."""
 
 
 class RandomCrop:

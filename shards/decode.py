@@ -3,7 +3,7 @@
 import io
 import json
 import unicodedata
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from shards.crop import Box, central_square
+from shards.crop import Box, BoxFinder, central_square
 from shards.damage import BadSample, Reason
 from shards.native import NATIVE
 
@@ -86,7 +86,7 @@ def decode_square(
     data: bytes,
     size: int,
     *,
-    crop: Callable[[int, int], Box] = central_square,
+    crop: BoxFinder = central_square,
     channels: int = 3,
     fidelity: Literal["exact", "fast"] = "exact",
     limits: Limits | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from shards.batch import Batch, Decoder, Draft, Picture
 from shards.captions import CaptionRule
-from shards.crop import RandomCrop
+from shards.crop import BoxFinder, RandomCrop, central_square
 from shards.damage import DamageTally, Problem
 from shards.decode import Limits
 from shards.manifest import Manifest
@@ -65,8 +65,8 @@ class ShardLoader:
         world_size: Number of processes that share each batch.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
         captions: Where captions stand; of several, one is drawn from (seed, epoch, sample).
-        crop: Draws the part of each picture that is used, from (seed, epoch, sample); without it,
-            the central square.
+        crop: Draws the part of each picture that is used, from (seed, epoch, sample), or finds it
+            from height and width, as those of `shards.crop.FITS` do.
         limits: What a sample may ask for.
         max_bad_fraction: Share of bad samples above which the run stops.
         strict: Stop at the first bad sample.
@@ -89,7 +89,7 @@ class ShardLoader:
         world_size: int = 1,
         workers: int = 0,
         captions: Sequence[str] = (),
-        crop: RandomCrop | None = None,
+        crop: RandomCrop | BoxFinder = central_square,
         limits: Limits | None = None,
         max_bad_fraction: float = 0.05,
         strict: bool = False,
@@ -293,6 +293,7 @@ def iterate(
     stop: int | None = None,
     workers: int = 0,
     captions: Sequence[str] = (),
+    crop: BoxFinder = central_square,
     limits: Limits | None = None,
     tally: DamageTally | None = None,
 ) -> Iterator[Batch]:
@@ -309,6 +310,7 @@ def iterate(
         stop: The sample after the last one; the number of samples unless stated.
         workers: Background threads that decode; 0 decodes when a batch is asked for.
         captions: Where captions stand; `Batch.captions` holds the first of each sample.
+        crop: Finds the part of each picture that is used, from height and width.
         limits: What a sample may ask for.
         tally: Counts and lists the bad samples, and may stop the pass; read it afterwards.
 
@@ -327,7 +329,7 @@ def iterate(
         )
     if not 0 <= start <= stop <= len(manifest):
         raise ValueError(f"samples {start} ... {stop} do not lie in 0 ... {len(manifest)}")
-    picture = Picture(image_size, limits=limits or Limits())
+    picture = Picture(image_size, crop, limits=limits or Limits())
     decoder = Decoder(manifest, picture, CaptionRule(tuple(captions)))
     tally = tally if tally is not None else DamageTally(total=len(manifest))
     _judge(tally, manifest)

@@ -81,6 +81,11 @@ class ModelConfig(Config):
     dim: PositiveInt = Field(default=256, description="Width of the aligned space.")
     image_size: PositiveInt = Field(default=224, description="Side of the pictures, in pixels.")
     context_length: PositiveInt = Field(default=77, description="Longest text, in tokens.")
+    fit: Literal["crop", "squash"] = Field(
+        default="crop",
+        description="How a picture becomes square: its central square is cut out, or all of it is\n"
+        "squeezed, as SigLIP has it. Training crops at random unless augment.crop is null.",
+    )
 
 
 class TokenizerConfig(Config):
@@ -145,7 +150,7 @@ class AugmentConfig(Config):
     enabled: bool = Field(default=True, description="false = pictures as they are.")
     crop: CropConfig | None = Field(
         default=CropConfig(),
-        description="The part of a picture that is used: a random box; null = the central square.",
+        description="The part of a picture that is used: a random box; null = as model.fit says.",
     )
     decode_size: PositiveInt | None = Field(
         default=None,
