@@ -2,7 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from align.encoders.chunks import plan_chunks
 
@@ -56,11 +58,17 @@ class TowerModule(nn.Module, ABC):
     name: str
     width: int
     token_width: int
+    _compiled_encode: Any = None
+    _holds: Sequence[RemovableHandle] = ()
 
     @property
     @abstractmethod
     def body(self) -> nn.Module:
         """The library's own module, which holds the blocks."""
+
+    @abstractmethod
+    def encode(self, *args: Any, **kwargs: Any) -> Features:
+        """Encode a batch as it is."""
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
@@ -88,6 +96,8 @@ class TowerModule(nn.Module, ABC):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Keep no activations inside the blocks; compute them again on the way back.
 
+        Loss, gradients and the statistics of batch normalisation are those without.
+
         Raises:
             ValueError: the architecture cannot.
         """
@@ -95,9 +105,36 @@ class TowerModule(nn.Module, ABC):
             self._checkpoint_gradients(enabled)
         except (AssertionError, AttributeError, NotImplementedError, ValueError) as error:
             raise ValueError(f"{self.name} has no gradient checkpointing") from error
+        for handle in self._holds:
+            handle.remove()
+        normalisations = [part for part in self.modules() if isinstance(part, _BatchNorm)]
+        self._holds = [
+            handle
+            for part in normalisations * enabled
+            for handle in (
+                part.register_forward_pre_hook(_hold_statistics),
+                part.register_forward_hook(_release_statistics, always_call=True),
+            )
+        ]
 
     @abstractmethod
     def _checkpoint_gradients(self, enabled: bool) -> None: ...
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile `encode` in place, with the options of `torch.compile`.
+
+        Names of weights stay as they were; a copy of the tower is not compiled.
+        """
+        self._compiled_encode = torch.compile(self.encode, *args, **options)
+
+    def _encode(self, *given: Tensor) -> Features:
+        return (self._compiled_encode or self.encode)(*given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was compiled belongs to this very tower: its copy would go on computing with it.
+        state = super().__getstate__()
+        state.pop("_compiled_encode", None)
+        return state
 
 
 class ImageTower(TowerModule):
@@ -128,11 +165,7 @@ class ImageTower(TowerModule):
     def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
         """Encode a batch of pictures."""
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
-        return self.encode(pixels.contiguous(memory_format=torch.channels_last))
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the library's module in place, as `torch.compile` does."""
-        self.body.compile(*args, **options)
+        return self._encode(pixels.contiguous(memory_format=torch.channels_last))
 
     def check_size(self, size: int) -> None:
         """See whether the tower takes square pictures of this size.
@@ -206,24 +239,37 @@ class TextTower(TowerModule):
         if self.fixed_length is not None:
             missing = max(0, self.fixed_length - ids.shape[1])
             ids = nn.functional.pad(ids, (0, missing), value=self.pad_id or 0)
-            whole = self.encode(ids, nn.functional.pad(mask, (0, missing)))
+            whole = self._encode(ids, nn.functional.pad(mask, (0, missing)))
             return [whole], slice(None)
         positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         lengths = (positions * mask).amax(dim=1).clamp(min=1).tolist() if mask.numel() else []
         plan = plan_chunks(lengths, self.chunks)
         if len(plan) == 1:
             width = plan[0].length
-            return [self.encode(ids[:, :width], mask[:, :width])], slice(None)
+            return [self._encode(ids[:, :width], mask[:, :width])], slice(None)
         parts = []
         for chunk in plan:
             rows = torch.tensor(chunk.rows, device=ids.device)
-            parts.append(self.encode(ids[rows, : chunk.length], mask[rows, : chunk.length]))
+            parts.append(self._encode(ids[rows, : chunk.length], mask[rows, : chunk.length]))
         places = torch.tensor([row for chunk in plan for row in chunk.rows], device=ids.device)
         return parts, places.argsort()
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the library's module in place, for any length of text."""
-        self.body.compile(*args, **{"dynamic": True, **options})
+        """Compile `encode` in place, for any number of texts of any length."""
+        super().compile(*args, **{"dynamic": True, **options})
+
+
+def _hold_statistics(norm: _BatchNorm, _: Any) -> None:
+    """Have a forward pass that only repeats one leave the running statistics as they are."""
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if again and norm.training:
+        norm.__dict__["held"] = norm.momentum, norm.num_batches_tracked
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+
+
+def _release_statistics(norm: _BatchNorm, *_: Any) -> None:
+    if held := norm.__dict__.pop("held", None):
+        norm.momentum, norm.num_batches_tracked = held
 
 
 def _widen(tokens: Float[Tensor, "batch tokens width"], length: int) -> Tensor:
