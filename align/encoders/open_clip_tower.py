@@ -9,65 +9,18 @@ from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
-import open_clip
 import torch
 from jaxtyping import Bool, Float, Int
-from open_clip import CLIPTextCfg, CLIPVisionCfg
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
 from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
+from align.encoders.open_clip_source import build_model, find_source, one_line
 from align.encoders.timm_tower import as_tokens
-from align.encoders.tower import (
-    Features,
-    ImageTower,
-    TextTower,
-    Vocabulary,
-    near,
-    refusals,
-)
-
-
-def model_config(name: str) -> dict[str, Any]:
-    """What OpenCLIP knows of a model: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
-
-    Args:
-        name: one of `open_clip.list_models()`, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    with refusals(f"open_clip:{name} has no configuration that could be read"):
-        found = open_clip.get_model_config(name)
-    if found is None:
-        known = open_clip.list_models()
-        raise ValueError(
-            f"OpenCLIP has no model {name!r}{near(name, known)}; "
-            "`open_clip.list_models()` lists them all"
-        )
-    return found
-
-
-def pretrained_model(name: str, weights: str | bool) -> Any:
-    """OpenCLIP's own model with its weights.
-
-    Args:
-        name: as for `model_config`.
-        weights: a tag of `open_clip.list_pretrained()`, a file in safetensors, or True where the
-            name is a folder or hub id.
-
-    Raises:
-        ValueError: they cannot be had, or would have to be unpickled.
-    """
-    with refusals(f"open_clip:{name} could not be made with its weights"):
-        return open_clip.create_model(
-            name,
-            pretrained=weights if isinstance(weights, str) else None,
-            require_pretrained=True,
-            weights_only=True,
-        )
+from align.encoders.tower import Features, ImageTower, TextTower, Vocabulary, near
 
 
 def _section(config: dict[str, Any], key: str, kind: type, options: dict[str, Any]) -> Any:
@@ -108,20 +61,23 @@ class OpenCLIPImageEncoder(ImageTower):
         config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        whole = deepcopy(dict(config)) if config is not None else model_config(name)
-        if pretrained:
-            model = pretrained_model(name, pretrained)
-            visual: Any = model.visual
-            statistics = (visual.image_mean, visual.image_std)
+        statistics: tuple[Iterable[float], ...] = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+        source = find_source(name, pretrained) if config is None else None
+        whole = deepcopy(dict(config or {})) if source is None else source.config
+        if source is not None:
+            statistics = (source.preprocess["mean"], source.preprocess["std"])
+        if image_size and source is not None and source.weights is None:
+            options = {"image_size": image_size, **options}
+        whole["vision_cfg"] = _section(whole, "vision_cfg", CLIPVisionCfg, options)
+        if source is not None and source.weights is not None:
+            visual: Any = build_model(source).visual
         else:
-            if image_size and config is None:
-                options = {"image_size": image_size, **options}
-            whole["vision_cfg"] = _section(whole, "vision_cfg", CLIPVisionCfg, options)
-            with refusals(f"open_clip:{name} could not be made"):
+            with one_line(f"open_clip:{name} could not be made"):
                 visual = _build_vision_tower(
                     whole["embed_dim"], whole["vision_cfg"], whole.get("quick_gelu", False)
                 )
-            statistics = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        if getattr(visual, "pool_type", "tok") == "none" and not visual.attn_pool_type:
+            raise ValueError(f"open_clip:{name} does not pool its tokens (pool_type none)")
         super().__init__(
             statistics[0] if mean is None else mean, statistics[1] if std is None else std
         )
@@ -220,7 +176,8 @@ class OpenCLIPTextEncoder(TextTower):
         **options: Any,
     ) -> None:
         super().__init__()
-        whole = deepcopy(dict(config)) if config is not None else model_config(name)
+        source = find_source(name, pretrained) if config is None else None
+        whole = deepcopy(dict(config or {})) if source is None else source.config
         if hub := whole["text_cfg"].get("hf_model_name"):
             raise ValueError(f"the text tower of open_clip:{name} is Hugging Face's: hf:{hub}")
         if "multimodal_cfg" in whole:
@@ -228,12 +185,13 @@ class OpenCLIPTextEncoder(TextTower):
         if vocabulary is not None and config is None and not pretrained:
             options = {**_fitted(vocabulary, whole["text_cfg"]), **options}
         whole["text_cfg"] = _section(whole, "text_cfg", CLIPTextCfg, options)
-        with refusals(f"open_clip:{name} could not be made"):
+        with one_line(f"open_clip:{name} could not be made"):
             text: Any = _build_text_tower(
                 whole["embed_dim"], whole["text_cfg"], whole.get("quick_gelu", False)
             )
-        if pretrained:
-            _copy_weights(pretrained_model(name, pretrained), text)
+        if source is not None and source.weights is not None:
+            with one_line(f"{source.weights} does not fit open_clip:{name}"):
+                _copy_weights(build_model(source), text)
         assert isinstance(text, TextTransformer)
         text.text_projection = None
         text.output_tokens = True
