@@ -126,16 +126,14 @@ class DualEncoder(nn.Module):
     def train(self, mode: bool = True) -> "DualEncoder":
         """Set the mode of training; what is frozen stays in evaluation.
 
-        A frozen tower neither drops anything nor moves the statistics of its normalisation.
+        A frozen tower neither drops anything nor moves the statistics of its normalisation, nor
+        does a frozen block of a tower of which the rest learns.
         """
         super().train(mode)
-        if mode:
-            for tower in (self.image, self.text):
-                if not any(parameter.requires_grad for parameter in tower.parameters()):
-                    tower.eval()
+        if mode and not all(parameter.requires_grad for parameter in self.parameters()):
             for part in self.modules():
-                own = list(part.parameters(recurse=False))
-                if own and not any(parameter.requires_grad for parameter in own):
+                within = [parameter.requires_grad for parameter in part.parameters()]
+                if within and not any(within):
                     part.eval()
         return self
 
