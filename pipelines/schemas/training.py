@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES
 from pipelines.config import Config
+from pipelines.schemas.presets import laid_under, preset, presets
 from pipelines.schemas.values import (
     CAPTION_FIELDS,
     PLACE,
@@ -190,6 +191,11 @@ class PretrainConfig(Config):
     bundle: Path | None = Field(
         default=None, description="Where the trained model goes; null = bundle in out."
     )
+    preset: str | None = Field(
+        default=None,
+        description=f"Other defaults for what follows: {', '.join(presets())}.\n"
+        "What is given wins, key by key; --print shows what comes of it, and preset is null then.",
+    )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     caption_fields: list[CaptionField] = Field(
@@ -229,6 +235,20 @@ class PretrainConfig(Config):
     keep: PositiveInt = Field(default=2, description="Checkpoints to keep.")
     validation: ValidationConfig = ValidationConfig()
     resume: bool = Field(default=False, description="Go on from the newest checkpoint in out.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, values: Any) -> Any:
+        """What was given, over the preset that it names; what comes of it names none."""
+        if not isinstance(values, dict) or values.get("preset") not in presets():
+            return values
+        return laid_under(preset(values["preset"]), {**values, "preset": None})
+
+    @field_validator("preset")
+    @classmethod
+    def _is_known(cls, name: str | None) -> None:
+        if name is not None:
+            preset(name)
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainConfig":
