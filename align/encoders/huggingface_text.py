@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from align.encoders.huggingface import build_model, configuration, plain
@@ -78,12 +78,26 @@ class HuggingFaceTextEncoder(TextTower):
         """Options that rebuild the tower without weights."""
         return {"config": plain(self.transformer.config), **self.own}
 
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens embedding"] | None:
+        """Rows of the embedding table, where the architecture takes them instead of ids."""
+        if self.transformer.config.model_type not in _TAKE_EMBEDDINGS:
+            return None
+        return self.transformer.get_input_embeddings()(ids)
+
     def encode(
-        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        embedded: Float[Tensor, "batch tokens embedding"] | None = None,
     ) -> Features:
         """Encode a batch as it is."""
-        masks = {} if self.fixed_length is not None else {"attention_mask": mask.long()}
-        output = self.transformer(input_ids=ids, **masks, **self._cache)
+        inputs: dict[str, Any] = self._cache
+        if self.fixed_length is None:
+            inputs["attention_mask"] = mask.long()
+        if embedded is None:
+            output = self.transformer(input_ids=ids, **inputs)
+        else:
+            output = self.transformer(inputs_embeds=embedded, **inputs)
         tokens = output.last_hidden_state
         if self.pooler is not None:
             return Features(self.pooler(tokens, mask), tokens, mask)
@@ -104,6 +118,11 @@ class HuggingFaceTextEncoder(TextTower):
             self.transformer.gradient_checkpointing_disable()
 
 
+_TAKE_EMBEDDINGS = {
+    *("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert"),
+    *("t5", "mt5", "gpt2", "llama", "mistral", "qwen2", "qwen3"),
+}
+"""Architectures that do the same with the rows of their table as with ids, padded on the right."""
 _PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
 """Architectures that attend to padding: it is part of what they were trained on."""
 

@@ -231,17 +231,28 @@ class OpenCLIPTextEncoder(TextTower):
         causal = self.text.attn_mask is not None and self.text.cls_emb is None
         return causal and self.text.pool_type in {"argmax", "eos", "first"}
 
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens embedding"]:
+        """Rows of the embedding table."""
+        return self.text.token_embedding(ids)
+
     def encode(
-        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        embedded: Float[Tensor, "batch tokens embedding"] | None = None,
     ) -> Features:
         """Encode a batch as it is."""
         if self.fixed_length is not None:
             pooled, tokens = self.text(ids)
             return Features(pooled, tokens, mask)
         # As its own forward, with the causal mask cut to the length of the chunk.
-        embedded, causal = self.text._embeds(ids)
-        assert causal is not None
-        hidden = self.text.transformer(embedded, attn_mask=causal[: ids.shape[1], : ids.shape[1]])
+        length = ids.shape[1]
+        if embedded is None:
+            embedded = self.text.token_embedding(ids)
+        dtype = self.text.transformer.get_cast_dtype()
+        placed = embedded.to(dtype) + self.text.positional_embedding[:length].to(dtype)
+        assert self.text.attn_mask is not None
+        hidden = self.text.transformer(placed, attn_mask=self.text.attn_mask[:length, :length])
         tokens = self.text.ln_final(hidden)
         pooled = text_global_pool(tokens, ids, self.text.pool_type, self.text.eos_id)
         return Features(pooled, tokens, mask)

@@ -198,7 +198,8 @@ class TextTower(TowerModule):
         pad_id: what stands where the mask is `False`; None = anything.
         pad_is_an_entry: whether `pad_id` means padding to the tower even where the mask is `True`.
         end_id: the id that must end every text; None = none.
-        chunks: how many chunks a batch is cut into.
+        chunks: how many chunks a batch is cut into, at most; small batches are cut in two, since
+            each chunk goes through all weights once more.
         fixed_length: the length that every text is padded to, where padding is part of the
             mathematics (SigLIP attends to it); None = padding is invisible.
     """
@@ -213,9 +214,23 @@ class TextTower(TowerModule):
 
     @abstractmethod
     def encode(
-        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        embedded: Float[Tensor, "batch tokens embedding"] | None = None,
     ) -> Features:
-        """Encode a batch as it is."""
+        """Encode a batch as it is.
+
+        Args:
+            ids: token ids.
+            mask: `True` on real tokens.
+            embedded: rows of the tower's embedding table for the ids, where they were looked up.
+        """
+
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens embedding"] | None:
+        """Rows of the embedding table, or None where `encode` has to look them up itself."""
+        del ids
+        return None
 
     def forward(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
@@ -243,16 +258,30 @@ class TextTower(TowerModule):
             return [whole], slice(None)
         positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         lengths = (positions * mask).amax(dim=1).clamp(min=1).tolist() if mask.numel() else []
-        plan = plan_chunks(lengths, self.chunks)
+        plan = plan_chunks(lengths, min(self.chunks, max(2, len(lengths) // 64)))
         if len(plan) == 1:
             width = plan[0].length
             return [self._encode(ids[:, :width], mask[:, :width])], slice(None)
-        parts = []
+        cut = []
         for chunk in plan:
             rows = torch.tensor(chunk.rows, device=ids.device)
-            parts.append(self._encode(ids[rows, : chunk.length], mask[rows, : chunk.length]))
+            cut.append((ids[rows, : chunk.length], mask[rows, : chunk.length]))
+        parts = [
+            self._encode(*inputs, *embedded)
+            for inputs, embedded in zip(cut, self._embed_once([x for x, _ in cut]), strict=True)
+        ]
         places = torch.tensor([row for chunk in plan for row in chunk.rows], device=ids.device)
         return parts, places.argsort()
+
+    def _embed_once(self, chunks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The embeddings of all chunks by one look-up: the gradient of each is a whole table."""
+        table = None
+        if torch.is_grad_enabled():
+            table = self.embed(torch.cat([ids.flatten() for ids in chunks]))
+        if table is None:
+            return [()] * len(chunks)
+        rows = table.split([ids.numel() for ids in chunks])
+        return [(part.view(*ids.shape, -1),) for part, ids in zip(rows, chunks, strict=True)]
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile `encode` in place, for any number of texts of any length."""
