@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.bundle import load, save
+    from align.bundle import load, push_to_hub, save
     from align.losses import InfoNCE
     from align.model import DualEncoder, DualEncoderConfig, Tower
     from align.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "Tower",
     "load",
+    "push_to_hub",
     "save",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Tokenizer": "align.tokenizer",
     "Tower": "align.model",
     "load": "align.bundle",
+    "push_to_hub": "align.bundle",
     "save": "align.bundle",
 }
 

@@ -5,24 +5,38 @@ bundle/
   model.safetensors   the weights
   tokenizer/          Hugging Face's format
   README.md           the model card
+  results.json        what was measured, where something was
 """
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedTokenizerFast
 
+from align import hub
+from align.card import Result, merged, model_card, with_results
 from align.folders import damage, whole_folder
 from align.model import DualEncoder, DualEncoderConfig
 from align.tokenizer import Tokenizer
+from align.trust import data_alone, refuse_calls, refuse_intruders
 
 FORMAT = 2
+"""Written; 1, which had neither a temperature nor texts cleaned, is read too."""
+_NEEDED = ("model.safetensors", "tokenizer/tokenizer.json", "config.json")
+_RESULTS = 1
 
 
 def save(
@@ -30,80 +44,134 @@ def save(
     folder: Path | str,
     *,
     card: str = "",
-    provenance: dict[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
     Args:
         model: what to save.
-        folder: replaced if it is there.
-        card: text of the model card (Markdown).
-        provenance: JSON values that say where the weights came from.
+        folder: replaced if it is a bundle, or empty.
+        card: text of the model card (Markdown); made from the rest if it is empty.
+        provenance: JSON values that say where the weights came from; the card tells of `data` (a
+            fingerprint), `sources`, `samples`, `steps` and `config`.
+
+    Raises:
+        ValueError: the folder holds something else, or a weight is no number.
     """
-    config = _self_contained(model)
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_bundle(folder)):
+        raise ValueError(f"{folder} is there and is no bundle: choose another place for one")
+    config, weights = _self_contained(model), _weights(model)
     with whole_folder(folder) as beside:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, beside / "model.safetensors")
         model.tokenizer.save(beside / "tokenizer")
         description = {
             "format": FORMAT,
             "model": config.to_dict(),
             "tokenizer": {"clean": model.tokenizer.clean},
-            "provenance": provenance or {},
+            "provenance": dict(provenance or {}),
         }
         (beside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        (beside / "README.md").write_text(card or "# A dual encoder trained with Align\n")
+        text = card or model_card(model, provenance or {})
+        (beside / "README.md").write_text(text, encoding="utf-8")
+        # safetensors lets nobody else read what it writes
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")
 
 
 def load(path: Path | str) -> DualEncoder:
     """Load a bundle from a folder, or from the Hugging Face hub by its id, ready to encode.
 
+    A bundle is data: where there is code, a pickle or a link that leads elsewhere in the folder,
+    or the configuration asks for any of them, nothing of it is read (`align.trust`).
+
     Args:
-        path: a folder that `save` wrote, or a hub id such as `someone/some-model`.
+        path: a folder that `save` wrote, or a hub id such as `someone/some-model` (which
+            `hub:someone/some-model` is, whatever folders there are here).
 
     Raises:
-        ValueError: there is no bundle, or it is damaged.
+        ValueError: there is no bundle, it is refused, or it is damaged.
     """
-    folder = Path(path)
-    if not folder.exists():
-        folder = _from_hub(str(path))
+    folder = hub.find(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} is no bundle: it has no config.json")
+    refuse_intruders(folder)
+    refuse_calls(folder)
     try:
-        description = json.loads((folder / "config.json").read_text())
-        if description["format"] != FORMAT:
-            raise ValueError(f"format {description['format']}; this version reads {FORMAT}")
-        config = DualEncoderConfig.from_dict(description["model"])
-        tokenizer = Tokenizer.load(
-            folder / "tokenizer", context_length=config.context_length, **description["tokenizer"]
-        )
-        model = DualEncoder(config, tokenizer)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return _read(folder)
     except KeyError as error:
         raise ValueError(f"{path} is a damaged bundle: its config.json lacks {error}") from error
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is a damaged bundle: {damage(error)}") from error
+
+
+def _read(folder: Path) -> DualEncoder:
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise ValueError(f"it has no {missing[0]}")
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    version = description["format"]
+    if version not in (1, FORMAT):
+        raise ValueError(f"format {version}; this version reads 1 and {FORMAT}")
+    config = DualEncoderConfig.from_dict(description["model"])
+    options = description["tokenizer"] if version == FORMAT else {}
+    # Not `AutoTokenizer`, which would look for a class of its own where all is in one file.
+    backend = PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
+    tokenizer = Tokenizer(backend, context_length=config.context_length, **options)
+    with _NoDraws():
+        model = DualEncoder(config, tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    if version == 1:
+        weights |= {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
+    model.load_state_dict(weights)
+    _refuse_no_numbers(weights)
     return model.eval()
 
 
-def _from_hub(name: str) -> Path:
-    if "/" not in name:  # not asked for by an id: no network
-        raise ValueError(f"there is no bundle {name}: no such folder, and no hub id (OWNER/NAME)")
-    try:
-        return Path(huggingface_hub.snapshot_download(name))
-    except HFValidationError as error:
-        raise ValueError(f"there is no bundle {name}: no such folder") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no folder {name}, and the hub gave no such model: {first}"
-        ) from error
+class _NoDraws(TorchFunctionMode):
+    """Random numbers are left out while a model is built whose weights come from a file.
+
+    What is drawn is either in the file or could never have been saved, so nothing else changes.
+    Buffers that are computed, such as positions and statistics, are real, which they would not be
+    in a model on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_DRAWS: set[Callable[..., Any]] = {
+    *(Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.random_),
+    *(torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.trunc_normal_),
+    *(torch.nn.init.kaiming_uniform_, torch.nn.init.kaiming_normal_),
+    *(torch.nn.init.xavier_uniform_, torch.nn.init.xavier_normal_, torch.nn.init.orthogonal_),
+}
+
+
+def _weights(model: DualEncoder) -> dict[str, Tensor]:
+    """What is saved; weights with two names are written twice, as the format wants it."""
+    weights, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        plain = tensor.detach().contiguous()
+        place = (plain.device, plain.untyped_storage().data_ptr())
+        weights[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    _refuse_no_numbers(weights)
+    return weights
+
+
+def _refuse_no_numbers(weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        # A sum tells in one pass over memory; it may overflow, and only then is looked at closely.
+        if tensor.is_floating_point() and tensor.sum().isnan() and tensor.isnan().any():
+            raise ValueError(f"the weight {name} holds values that are no numbers (NaN)")
 
 
 def _self_contained(model: DualEncoder) -> DualEncoderConfig:
     """The configuration with everything resolved that otherwise a hub or a library would supply."""
     towers = {
-        side: replace(recipe, name=tower.name, options=tower.recipe())
+        side: replace(recipe, name=tower.name, options=data_alone(tower.recipe()))
         for side, recipe, tower in (
             ("image", model.config.image, model.image),
             ("text", model.config.text, model.text),
@@ -112,17 +180,132 @@ def _self_contained(model: DualEncoder) -> DualEncoderConfig:
     return replace(model.config, **towers)
 
 
+def is_bundle(folder: Path | str) -> bool:
+    """Whether a folder is one that `save` wrote, by its `config.json`, damaged or not."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format" in values and "model" in values
+
+
 def fingerprint(path: Path | str) -> str:
     """What names a bundle's weights, vocabulary and configuration: a SHA-256 over all three.
 
     Raises:
         ValueError: there is no bundle.
     """
-    folder = Path(path) if Path(path).exists() else _from_hub(str(path))
+    folder = hub.find(path)
     digest = hashlib.sha256()
-    for name in ("model.safetensors", "tokenizer/tokenizer.json", "config.json"):
+    for name in _NEEDED:
         if not (folder / name).is_file():
             raise ValueError(f"{path} is no bundle: it has no {name}")
         with (folder / name).open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def record_results(folder: Path | str, results: Iterable[Result]) -> None:
+    """Keep measured numbers with a bundle: in `results.json`, and in the table of its card.
+
+    A figure that was measured before by the same protocol is replaced; those of other weights are
+    forgotten. Of the card nothing but the table changes. The fingerprint stays what it was.
+
+    Args:
+        folder: a bundle on this machine.
+        results: what was measured.
+
+    Raises:
+        ValueError: it is no bundle, or its `results.json` cannot be read.
+        OSError: it cannot be written to.
+    """
+    folder = Path(folder)
+    if not is_bundle(folder):
+        raise ValueError(f"{folder} is no bundle: no results can be kept with it")
+    of, path, card = fingerprint(folder), folder / "results.json", folder / "README.md"
+    with _alone(folder):
+        old: list[Any] = []
+        try:
+            if path.exists():
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                old = kept["results"] if kept["bundle"] == of else []
+            rows = merged(old, [result.to_json() for result in results])
+            text = with_results(card.read_bytes() if card.exists() else b"", rows)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read: move it away and measure again") from error
+        content = {"format": _RESULTS, "bundle": of, "results": rows}
+        _replace(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        _replace(card, text)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder until the block ends: results of two runs at once are all kept."""
+    import fcntl  # systems without it can still load
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with beside.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def push_to_hub(
+    bundle: DualEncoder | Path | str,
+    repo_id: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str = "Upload a bundle of Align",
+) -> str:
+    """Put a bundle on the Hugging Face hub; `align.load(repo_id)` gets it back.
+
+    It is loaded first, as those who fetch it will: what is damaged or refused stays here. Files
+    that are no part of a bundle are not uploaded.
+
+    Args:
+        bundle: a folder, or a model, which is saved first.
+        repo_id: `OWNER/NAME`; the repository is made if it is not there.
+        private: whether a new repository can be seen by its owner alone.
+        token: with the right to write; None = that of `hf auth login` or `HF_TOKEN`.
+        revision: the branch, made if it is not there; None = `main`.
+        message: what the commit says.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: no such bundle, a damaged or refused one, no token, no network, or no right.
+    """
+    if isinstance(bundle, DualEncoder):
+        with tempfile.TemporaryDirectory() as place:
+            save(bundle, Path(place) / "bundle")
+            return push_to_hub(
+                Path(place) / "bundle",
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                message=message,
+            )
+    if not Path(bundle).is_dir():
+        raise ValueError(f"there is no folder {bundle} to push")
+    load(Path(bundle))
+    return hub.upload(
+        Path(bundle), repo_id, private=private, token=token, revision=revision, why=message
+    )
