@@ -2,40 +2,50 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from align.parameters import Learning, Rule, how_it_learns, named
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Three groups: matrices and kernels; embedding tables; gains, biases and the temperature.
 
-    The last do not decay: it pulls weights towards zero, which is no sensible default for a gain
-    or a temperature (Loshchilov and Hutter 2019; OpenCLIP and timm do the same). `use_fallback`
-    tells optimisers that orthogonalise matrices, such as Muon, to leave the last two to AdamW: a
-    row of a table is an entry, not a direction of a map.
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, rules: Iterable[Rule] = ()
+) -> list[dict[str, Any]]:
+    """Groups of parameters that learn alike; what is frozen is in none.
+
+    A group has its `weight_decay`, its `rate` (which `set_learning_rate` multiplies by) and
+    `use_fallback`: it tells optimisers that orthogonalise matrices, such as Muon, to leave tables,
+    gains and biases to AdamW: a row of a table is an entry, not a direction of a map. Without rules
+    there are three: matrices and kernels; embedding tables; gains, biases and the temperature.
+
+    Args:
+        module: an objective, a model or a part.
+        weight_decay: of what decays; see `align.parameters.how_it_learns`.
+        rules: in order.
+
+    Raises:
+        ValueError: a rule matches nothing.
     """
-    tables = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, nn.Embedding)
-        for parameter in part.parameters(recurse=False)
-    }
-    matrices: list[nn.Parameter] = []
-    embeddings: list[nn.Parameter] = []
-    gains: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            kind = gains if parameter.ndim < 2 else matrices
-            (embeddings if id(parameter) in tables else kind).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "use_fallback": False},
-        {"params": embeddings, "weight_decay": weight_decay, "use_fallback": True},
-        {"params": gains, "weight_decay": 0.0, "use_fallback": True},
+    learning = how_it_learns(module, rules, weight_decay=weight_decay)
+    groups: dict[Learning, list[nn.Parameter]] = {}
+    for name, parameter in named(module).items():
+        if learning[name].rate:
+            groups.setdefault(learning[name], []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": one.weight_decay,
+            "use_fallback": kind != "matrix",
+            "rate": one.rate,
+        }
+        for kind in ("matrix", "table", "gain")
+        for one, parameters in groups.items()
+        if one.kind == kind
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -46,12 +56,22 @@ def build_optimizer(
     Args:
         name: `adamw`, or a name of `timm.optim.list_optimizers()`, such as `muon`.
         groups: from `parameter_groups`.
-        learning_rate: of all groups.
+        learning_rate: of groups of rate 1.
         options: keyword arguments of the optimiser.
 
     Raises:
-        ValueError: an unknown name or option.
+        ValueError: an unknown name or option, or nothing to optimise.
     """
+    if not groups:
+        raise ValueError("every parameter is frozen: there is nothing to optimise")
+    optimizer = _build(name, groups, learning_rate, options)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
+
+
+def _build(
+    name: str, groups: list[dict[str, Any]], learning_rate: float, options: dict[str, Any]
+) -> torch.optim.Optimizer:
     try:
         if name == "adamw":
             return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **options)
@@ -79,6 +99,6 @@ def cosine_factor(step: int, *, warmup: int, steps: int, floor: float = 0.0) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The same rate for every group."""
+    """The learning rate of this step: each group takes the share of it that is its `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate", 1.0)
