@@ -51,7 +51,8 @@ def save(
     Args:
         model: what to save.
         folder: replaced if it is a bundle, or empty.
-        card: text of the model card (Markdown); made from the rest if it is empty.
+        card: text of the model card (Markdown); if it is empty it is made from the rest, or stays
+            together with the results where the bundle that is replaced is the same.
         provenance: JSON values that say where the weights came from; the card tells of `data` (a
             fingerprint), `sources`, `samples`, `steps` and `config`.
 
@@ -76,6 +77,10 @@ def save(
         (beside / "README.md").write_text(text, encoding="utf-8")
         # safetensors lets nobody else read what it writes
         shutil.copymode(beside / "config.json", beside / "model.safetensors")
+        if not card and is_bundle(folder) and _same(beside, folder):
+            for name in ("README.md", "results.json"):
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, beside / name)
 
 
 def load(path: Path | str) -> DualEncoder:
@@ -203,6 +208,13 @@ def fingerprint(path: Path | str) -> str:
         with (folder / name).open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return fingerprint(one) == fingerprint(other)
+    except ValueError:  # a file of it is missing
+        return False
 
 
 def record_results(folder: Path | str, results: Iterable[Result]) -> None:

@@ -1,12 +1,15 @@
 """`align evaluate`: zero-shot classification and retrieval, every figure with its interval."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.bundle import fingerprint, load
+from align.bundle import fingerprint, is_bundle, load, record_results
+from align.card import Result
 from align.model import DualEncoder
 from eval.prompts import class_prototypes
 from eval.results import Report, format_table
@@ -72,7 +75,39 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
                 "reports": [one.report.to_json() for one in evaluations.values()],
             }
             run_folder.write_json(config.out / "results.json", results)
+    record_reports(config.model, [one.report for one in evaluations.values()])
     return evaluations
+
+
+def record_reports(bundle: Path | str, reports: Iterable[Report]) -> None:
+    """Keep figures with the bundle they are of, where it lies in a folder here.
+
+    One that cannot be written to is left as it is, with a note: the figures are told elsewhere.
+    """
+    folder = Path(bundle)
+    if not is_bundle(folder) or folder.resolve().parent.name == "snapshots":  # the hub's own cache
+        return
+    results = [
+        Result(
+            task=report.title or report.task,
+            figure=figure.name,
+            value=figure.value,
+            low=figure.low,
+            high=figure.high,
+            count=figure.count,
+            unit=figure.unit,
+            higher_is_better=figure.higher_is_better,
+            chance=figure.chance,
+            protocol=report.protocol,
+        )
+        for report in reports
+        for figure in report.figures
+    ]
+    try:
+        record_results(folder, results)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"note: {folder}: the figures are not kept with the bundle ({reason})", flush=True)
 
 
 def run_task(model: DualEncoder, pairs: EmbeddedPairs, task: TaskConfig, *, title: str) -> Report:

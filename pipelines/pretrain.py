@@ -9,20 +9,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from align.bundle import save
 from align.checkpoint import checkpoints, load_state, save_state
 from align.optim import cosine_factor, set_learning_rate
+from eval.results import Report
 from pipelines import run_folder
+from pipelines.bundles import bundle_of, save_bundle
 from pipelines.captions import positive_labels
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import embed_pairs, left_out
 from pipelines.evaluate import retrieval_report
+from pipelines.learning import format_rows, summary
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import PretrainConfig
 from pipelines.training import Training, build, training_pictures
@@ -47,9 +49,12 @@ def run(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             record(training)
             print(plan(training), flush=True)
+            print(what_learns(training), flush=True)
         finished = train(training)
         if finished and accelerator.is_main_process:
-            save_bundle(training)
+            # A run that was resumed at its very end has not measured it.
+            wanted = config.validation.data is not None
+            save_bundle(training, training.validated or (measure(training) if wanted else None))
             done = training.step * config.batch_size
             print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
         accelerator.wait_for_everyone()
@@ -92,6 +97,11 @@ _MAY_CHANGE = {
     "max_bad_fraction",
     "strict",
     "validation",
+    # How a step is computed, not what: rounding and what dropout draws differ, and a run that ran
+    # out of memory or time can be helped.
+    "compile",
+    "gradient_checkpointing",
+    "text_chunks",
 }
 
 
@@ -110,9 +120,10 @@ def plan(training: Training) -> str:
     )
 
 
-def bundle_of(config: PretrainConfig) -> Path:
-    """Where the trained model goes."""
-    return config.bundle or config.out / "bundle"
+def what_learns(training: Training) -> str:
+    """A table of which parameters learn, how fast and with what decay."""
+    rows = summary(training.objective, training.learning)
+    return format_rows(rows, learning_rate=training.config.optimizer.learning_rate)
 
 
 def record(training: Training) -> None:
@@ -126,6 +137,7 @@ def record(training: Training) -> None:
         processes=training.accelerator.num_processes,
         device=str(training.accelerator.device),
         threads=torch.get_num_threads(),
+        learning=[asdict(row) for row in summary(training.objective, training.learning)],
     )
     run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
@@ -322,17 +334,8 @@ def validate(training: Training) -> dict[str, Any]:
     """Recall at 1 both ways on the validation set, by the main process while the others wait."""
     config, figures = training.config, {}
     if training.accelerator.is_main_process:
-        assert config.validation.data is not None
-        embedded = embed_pairs(
-            training.chosen_model,
-            config.validation.data,
-            where=config.validation.where,
-            image_size=training.image_size,
-            caption_fields=config.caption_fields,
-            max_bad_fraction=config.max_bad_fraction,
-            strict=config.strict,
-        )
-        report = retrieval_report(embedded)
+        report = measure(training)
+        training.validated = report if training.step == training.steps else None
         figures = {
             "samples": training.step * config.batch_size,
             **{name: report[name].value for name in _VALIDATION_FIGURES},
@@ -341,45 +344,31 @@ def validate(training: Training) -> dict[str, Any]:
     return figures
 
 
+def measure(training: Training) -> Report:
+    """Retrieval both ways on the validation set."""
+    config = training.config
+    assert config.validation.data is not None
+    embedded = embed_pairs(
+        training.chosen_model,
+        config.validation.data,
+        where=config.validation.where,
+        image_size=training.image_size,
+        caption_fields=config.caption_fields,
+        max_bad_fraction=config.max_bad_fraction,
+        strict=config.strict,
+    )
+    protocol = {
+        "data": embedded.fingerprint,
+        "where": config.validation.where,
+        "bad_samples_left_out": embedded.bad,
+    }
+    return retrieval_report(embedded, title="validation", protocol=protocol)
+
+
 _VALIDATION_FIGURES = (
     *("image_to_text_recall@1", "image_to_text_recall@5"),
     *("text_to_image_recall@1", "text_to_image_recall@5"),
 )
-
-
-def save_bundle(training: Training) -> None:
-    """The trained model as a folder that `align.load` opens."""
-    config = training.config
-    save(
-        training.chosen_model,
-        bundle_of(config),
-        card=_CARD.format(
-            image=config.model.image.name,
-            text=config.model.text.name,
-            dim=config.model.dim,
-            samples=f"{training.step * config.batch_size:,}",
-            data=training.fingerprint,
-        ),
-        provenance={
-            "data": training.fingerprint,
-            "samples": training.step * config.batch_size,
-            "config": config.model_dump(mode="json"),
-        },
-    )
-
-
-_CARD = """---
-library_name: clip-align
----
-# A dual encoder trained with Align
-
-{image} and {text} in a space of {dim} dimensions, trained on {samples} samples of the data set
-with fingerprint `{data}`.
-
-    import align
-    model = align.load(".")
-    model.encode_image([picture]), model.encode_text(["some words"])
-"""
 
 
 if __name__ == "__main__":

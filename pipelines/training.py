@@ -15,9 +15,12 @@ from align.losses import InfoNCE
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
+from align.parameters import Learning, freeze, how_it_learns
 from align.tokenizer import Tokenizer
+from eval.results import Report
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
+from pipelines.learning import learning_rules
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
@@ -37,6 +40,7 @@ class Training:
     captions: CaptionWriter
     augment: Augment | None
     objective: ContrastiveObjective
+    learning: dict[str, Learning]  # of each parameter
     wrapped: Any  # the objective as Accelerate prepared it
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
@@ -45,6 +49,7 @@ class Training:
     skipped: int = 0
     bad_samples: int = 0  # met by all processes since the run began
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
+    validated: Report | None = None  # what the last step left, where it was measured
 
     @property
     def steps(self) -> int:
@@ -140,11 +145,16 @@ def assemble(
     objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
     for size in {*(stage.image_size for stage in config.stages), config.model.image_size}:
         objective.model.image.check_size(size)
+    objective.model.text.chunks = config.text_chunks
+    save_memory(config, objective.model)
     objective = share_statistics(objective, accelerator)
     objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
+    rules, decay = learning_rules(config, objective.model), config.optimizer.weight_decay
+    learning = how_it_learns(objective, rules, weight_decay=decay)
+    freeze(objective, learning)
     optimizer = build_optimizer(
         config.optimizer.name,
-        parameter_groups(objective, weight_decay=config.optimizer.weight_decay),
+        parameter_groups(objective, rules=rules, weight_decay=decay),
         learning_rate=config.optimizer.learning_rate,
         **config.optimizer.options,
     )
@@ -152,6 +162,9 @@ def assemble(
     if config.optimizer.average:
         averaging = get_ema_multi_avg_fn(config.optimizer.average)
         average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
+    if config.compile:  # behind the copy that is averaged, which is only evaluated
+        for tower in (objective.model.image, objective.model.text):
+            tower.compile()
     return Training(
         config=config,
         accelerator=accelerator,
@@ -159,6 +172,7 @@ def assemble(
         captions=captions,
         augment=augment,
         objective=objective,
+        learning=learning,
         wrapped=accelerator.prepare_model(objective),
         optimizer=optimizer,
         average=average,
@@ -182,6 +196,21 @@ def make_tokenizer(
         vocabulary_size=config.tokenizer.vocabulary_size,
         context_length=config.model.context_length,
     )
+
+
+def save_memory(config: PretrainConfig, model: DualEncoder) -> None:
+    """Have the towers keep no activations, where that is asked for.
+
+    Raises:
+        ConfigError: a tower cannot.
+    """
+    if not config.gradient_checkpointing:
+        return
+    for tower in (model.image, model.text):
+        try:
+            tower.set_gradient_checkpointing(True)
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing: {error}") from error
 
 
 def share_statistics(

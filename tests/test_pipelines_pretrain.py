@@ -168,6 +168,7 @@ def test_the_averaged_weights_are_what_is_saved(straight):
     average = load_file(last / "average.safetensors")
     trained = load_file(last / "objective.safetensors")
     bundle = load_file(straight / "bundle" / "model.safetensors")
+    assert torch.equal(bundle.pop("logit_scale"), average["module.loss.logit_scale"])
     for name, value in bundle.items():
         assert torch.equal(value, average[f"module.model.{name}"])
     assert not torch.equal(

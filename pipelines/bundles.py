@@ -1,0 +1,61 @@
+"""The bundle of a run: its weights, what they were trained on, and how well they did."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import torch
+
+from align.bundle import save
+from eval.results import Report
+from pipelines.evaluate import record_reports
+from pipelines.schemas import PretrainConfig
+from pipelines.training import Training
+
+_OF_THIS_MACHINE = {"data", "out", "bundle", "resume", "validation"}
+"""Keys that say where things lie here; a bundle goes to others."""
+
+
+def bundle_of(config: PretrainConfig) -> Path:
+    """Where the trained model goes."""
+    return config.bundle or config.out / "bundle"
+
+
+def save_bundle(training: Training, validated: Report | None = None) -> None:
+    """The trained model as a folder that `align.load` opens, with the temperature it ended with.
+
+    Args:
+        training: the run.
+        validated: what its end was measured to be.
+    """
+    config = training.config
+    chosen: Any = training.objective if training.average is None else training.average.module
+    with torch.no_grad():
+        chosen.loss.scale()  # sets what an optimiser overshot back to its bound
+        chosen.model.logit_scale.copy_(chosen.loss.logit_scale)
+    save(
+        chosen.model,
+        bundle_of(config),
+        provenance={
+            "data": training.fingerprint,
+            "sources": sources(config),
+            "samples": training.step * config.batch_size,
+            "steps": training.step,
+            "config": config.model_dump(mode="json", exclude=_OF_THIS_MACHINE),
+        },
+    )
+    if validated is not None:
+        record_reports(bundle_of(config), [validated])
+
+
+def sources(config: PretrainConfig) -> list[str]:
+    """The data sets of a run as others may read them: without folders of this machine or keys."""
+    places = [config.data] if isinstance(config.data, str) else [one.data for one in config.data]
+    return [_public(place) for place in places]
+
+
+def _public(place: str) -> str:
+    parts = urlsplit(place)
+    if not parts.scheme or parts.scheme == "file":
+        return Path(place).name or place
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
