@@ -45,6 +45,16 @@ class ImageTowerConfig(Config):
         default="linear",
         description="Into the space: a matrix, with a bias, one hidden layer, none.",
     )
+    trainable: NonNegativeInt | None = Field(
+        default=None,
+        description="Groups of layers that learn, from the end; 0 = the tower is locked; null =\n"
+        "all. The projection behind it learns in any case.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Each group of layers learns at this share of the rate of the next, the last\n"
+        "at all of it.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -66,6 +76,16 @@ class TextTowerConfig(Config):
     projection: Literal["linear", "affine", "mlp", "none"] = Field(
         default="linear",
         description="Into the space: a matrix, with a bias, one hidden layer, none.",
+    )
+    trainable: NonNegativeInt | None = Field(
+        default=None,
+        description="Groups of layers that learn, from the end; 0 = the tower is locked; null =\n"
+        "all. The projection behind it learns in any case.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Each group of layers learns at this share of the rate of the next, the last\n"
+        "at all of it.",
     )
 
     @field_validator("name")
@@ -113,6 +133,26 @@ class LossConfig(Config):
     )
 
 
+class RuleConfig(Config):
+    """What a pattern of names says of the parameters that it matches."""
+
+    match: str = Field(
+        description="Pattern of parameter names, such as text.* or *.bias; * stands for anything."
+    )
+    rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Share of the learning rate; 0 = frozen; null = as it was."
+    )
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="In place of optimizer.weight_decay; null = as it was."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "RuleConfig":
+        if self.rate is None and self.weight_decay is None:
+            raise ValueError(f"{self.match!r} needs a rate or a weight_decay")
+        return self
+
+
 class OptimizerConfig(Config):
     """The optimiser, its linear warm-up and half a cosine."""
 
@@ -125,6 +165,12 @@ class OptimizerConfig(Config):
     warmup: Share = Field(default=0.05, description="Share of the run that warms up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="On matrices and kernels; never on gains, biases, temperature."
+    )
+    rules: list[RuleConfig] = Field(
+        default_factory=list,
+        description="Other rates and decays by parameter name, later ones win:\n"
+        '[{match: "text.*", rate: 0.1}, {match: "*.bias", rate: 0}]; rate 0 = frozen. The run\n'
+        "prints what came of them.",
     )
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Longer gradients are cut.")
     average: Share = Field(
@@ -221,6 +267,20 @@ class PretrainConfig(Config):
     )
     samples: PositiveInt = Field(default=1_000_000, description="How many to train on in all.")
     precision: Literal["fp32", "bf16"] = Field(default="bf16", description="Of the towers.")
+    text_chunks: PositiveInt = Field(
+        default=4,
+        description="Chunks of like length that a batch of captions is cut into, so that little\n"
+        "padding is computed; small batches are cut into fewer. Rounding alone depends on it.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again on the way back instead of keeping them: less\n"
+        "memory, about a third more time, the same gradients.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the towers with torch.compile: a slow first step, quicker ones then.",
+    )
     seed: Seed = Field(default=0, description="Of weights, order, augmentation, dropout.")
     lanes: PositiveInt = Field(
         default=64,

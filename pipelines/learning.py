@@ -1,0 +1,190 @@
+"""What learns and how fast: a run's configuration as rules, and the table that tells of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from align.model import DualEncoder
+from align.parameters import Learning, Rule, falling, locked, named
+from pipelines.config import ConfigError
+from pipelines.schemas import PretrainConfig
+
+
+def learning_rules(config: PretrainConfig, model: DualEncoder) -> list[Rule]:
+    """The rules of a run: rates that fall by layer, then locked towers, then the user's own.
+
+    Raises:
+        ConfigError: a tower has fewer groups of layers than are to be trainable.
+    """
+    rules = []
+    for side, wanted, tower in (
+        ("image", config.model.image, model.image),
+        ("text", config.model.text, model.text),
+    ):
+        if wanted.layer_decay != 1:
+            rules += falling(side, tower, factor=wanted.layer_decay)
+        if wanted.trainable is not None:
+            try:
+                rules += locked(side, tower, trainable=wanted.trainable)
+            except ValueError as error:
+                raise ConfigError(f"model.{side}.trainable: {error}") from error
+    return rules + [
+        Rule(rule.match, rate=rule.rate, weight_decay=rule.weight_decay)
+        for rule in config.optimizer.rules
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters that learn alike, for a table.
+
+    Attributes:
+        names: their names, abridged, such as `text.transformer.encoder.layer.{0..11}.*`.
+        tensors: how many.
+        values: how many numbers in them.
+        rates: lowest and highest share of the learning rate; both 0 = frozen.
+        weight_decays: those above zero, ascending.
+        decaying: how many of the numbers they act on.
+    """
+
+    names: str
+    tensors: int
+    values: int
+    rates: tuple[float, float]
+    weight_decays: tuple[float, ...]
+    decaying: int
+
+
+def summary(module: nn.Module, learning: Mapping[str, Learning], *, rows: int = 12) -> list[Row]:
+    """A table of how parameters learn: a line for each part of the model that learns alike.
+
+    Blocks that are counted share a line, whatever their rates, and lines are drawn together until
+    there are few enough; only what is frozen never shares a line with what learns.
+
+    Args:
+        module: the module that `learning` tells of.
+        learning: from `how_it_learns`.
+        rows: how many are few enough.
+    """
+    parts = list(_parts((), [tuple(name.split(".")) for name in learning], learning))
+    while len(parts) > rows:
+        for parent in sorted({part.parent for part in parts} - {()}, key=len, reverse=True):
+            inside = [part for part in parts if part.path[: len(parent)] == parent]
+            if len(inside) > 1 and len({part.frozen(learning) for part in inside}) == 1:
+                names = tuple(name for part in inside for name in part.names)
+                parts[parts.index(inside[0])] = _Part(parent[:-1], parent[-1:], names)
+                parts = [part for part in parts if part not in inside]
+                break
+        else:
+            break
+    parameters = named(module)
+    return [_row(part, learning, parameters) for part in parts]
+
+
+def format_rows(rows: Iterable[Row], *, learning_rate: float) -> str:
+    """The table as text.
+
+    Args:
+        rows: from `summary`.
+        learning_rate: at its peak, of what has rate 1.
+    """
+    lines = [("parameters", "tensors", "values", "learning rate", "weight decay")]
+    for row in rows:
+        rates = dict.fromkeys(f"{rate * learning_rate:.3g}" for rate in row.rates)
+        decays = ", ".join(f"{decay:.3g}" for decay in row.weight_decays)
+        lines.append(
+            (
+                row.names,
+                f"{row.tensors:,}",
+                _count(row.values),
+                " to ".join(rates) if row.rates[1] else "frozen",
+                f"{decays} on {_count(row.decaying)}" if decays else "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number in (1, 2) else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Children of one node of the tree of names, and all parameters below them."""
+
+    parent: tuple[str, ...]
+    children: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return (*self.parent, self.children[0])
+
+    def frozen(self, learning: Mapping[str, Learning]) -> bool:
+        return all(learning[name].rate == 0 for name in self.names)
+
+    def joins(self, other: "_Part", learning: Mapping[str, Learning]) -> bool:
+        """Whether what follows at the same place shares the line."""
+        if not self.parent or self.parent != other.parent:
+            return False
+        if len({learning[name].rate for name in (*self.names, *other.names)}) == 1:
+            return True
+        counted = all(child.isdecimal() for child in (*self.children, *other.children))
+        return counted and not self.frozen(learning) and not other.frozen(learning)
+
+
+def _parts(
+    parent: tuple[str, ...], paths: list[tuple[str, ...]], learning: Mapping[str, Learning]
+) -> Iterator[_Part]:
+    """The tree below a node, cut where rates differ; neighbours that may share a line do."""
+    depth, below = len(parent), {}
+    for path in paths:
+        below.setdefault(path[depth], []).append(path)
+    last: _Part | None = None
+    for child, members in below.items():
+        names = tuple(".".join(path) for path in members)
+        if len({learning[name].rate for name in names}) == 1:
+            found = iter([_Part(parent, (child,), names)])
+        else:
+            found = _parts((*parent, child), members, learning)
+        for part in found:
+            if last is not None and last.joins(part, learning):
+                last = _Part(parent, last.children + part.children, last.names + part.names)
+                continue
+            if last is not None:
+                yield last
+            last = part
+    if last is not None:
+        yield last
+
+
+def _row(
+    part: _Part, learning: Mapping[str, Learning], parameters: Mapping[str, nn.Parameter]
+) -> Row:
+    first, end = part.children[0], part.children[-1]
+    label = first
+    if len(part.children) > 1:
+        counted = all(child.isdecimal() for child in part.children)
+        label = f"{{{first}..{end}}}" if counted else f"{{{','.join(part.children)}}}"
+    here = [learning[name] for name in part.names]
+    sizes = [parameters[name].numel() for name in part.names]
+    whole = part.names == (".".join(part.path),)  # one parameter, not a module
+    decays = {one.weight_decay for one in here if one.rate and one.weight_decay}
+    return Row(
+        names=".".join([*part.parent, label]) + ("" if whole else ".*"),
+        tensors=len(sizes),
+        values=sum(sizes),
+        rates=(min(one.rate for one in here), max(one.rate for one in here)),
+        weight_decays=tuple(sorted(decays)),
+        decaying=sum(
+            size for one, size in zip(here, sizes, strict=True) if one.rate and one.weight_decay
+        ),
+    )
