@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,10 +182,27 @@ class DualEncoder(nn.Module):
         """Where the weights are."""
         return self.logit_scale.device
 
-    def preprocess(self, images: Sequence[Image.Image]) -> UInt8[Tensor, "batch 3 size size"]:
-        """Pictures as the image tower wants them; see `align.preprocess`."""
+    def preprocess(
+        self, images: Sequence[Image.Image | Path | str]
+    ) -> UInt8[Tensor, "batch 3 size size"]:
+        """Pictures, or files of them, as the image tower wants them; see `align.preprocess`.
+
+        Raises:
+            ValueError: a file is no picture.
+            OSError: there is no such file.
+        """
         size, fit = self.config.image_size, self.config.fit
-        return torch.stack([preprocess(image, size, fit=fit) for image in images])
+        rows = []
+        for image in images:
+            if isinstance(image, Image.Image):
+                rows.append(preprocess(image, size, fit=fit))
+                continue
+            try:
+                with Image.open(image) as opened:
+                    rows.append(preprocess(opened, size, fit=fit))
+            except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+                raise ValueError(f"{image} cannot be read as a picture: {error}") from error
+        return torch.stack(rows)
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Texts as the text tower wants them."""
@@ -193,17 +211,18 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def encode_image(
         self,
-        images: Sequence[Image.Image] | UInt8[Tensor, "rows 3 height width"],
+        images: Sequence[Image.Image | Path | str] | UInt8[Tensor, "rows 3 height width"],
         *,
         batch_size: int = 256,
     ) -> Float[Tensor, "rows dim"]:
         """Embed pictures: unit-length rows, fp32, on the CPU.
 
         Args:
-            images: PIL pictures of any size and mode, or a uint8 tensor of the model's image size.
+            images: PIL pictures of any size and mode, files of pictures, or a uint8 tensor of the
+                model's image size.
             batch_size: pictures at a time.
         """
-        if isinstance(images, Image.Image):
+        if isinstance(images, Image.Image | Path | str):
             raise ValueError("encode_image takes a list of pictures, not one picture")
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]

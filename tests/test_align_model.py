@@ -264,6 +264,21 @@ def test_pictures_and_their_tensors_encode_alike():
     assert torch.equal(model.encode_image(tensor), model.encode_image(pictures))
 
 
+def test_files_of_pictures_encode_as_the_pictures_do(tmp_path):
+    model, image = tiny_model(), picture("red", "cross", side=50)
+    image.save(tmp_path / "cross.png")
+    found = model.encode_image([tmp_path / "cross.png", str(tmp_path / "cross.png"), image])
+    assert torch.equal(found, model.encode_image([image] * 3))
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    (tmp_path / "words.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"words\.png cannot be read as a picture"):
+        tiny_model().encode_image([tmp_path / "words.png"])
+    with pytest.raises(FileNotFoundError, match=r"absent\.png"):
+        tiny_model().encode_image([tmp_path / "absent.png"])
+
+
 def test_nothing_encodes_to_no_rows():
     model = tiny_model()
     assert model.encode_image([]).shape == (0, 16)

@@ -51,5 +51,32 @@ def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatc
     parse(verb, arguments)
 
 
+def test_the_five_lines_rank_texts_for_pictures(tmp_path, monkeypatch, capsys):
+    from pairs_corpus import picture, tiny_model
+
+    import align
+
+    (block,) = re.findall(r"(?s)```python\n(.+?)```", README)
+    assert len([line for line in block.splitlines() if line]) == 5
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    align.save(model, re.findall(r'load\("(.+?)"\)', block)[0])
+    drawn = {"cat.png": picture("red", "ring"), "heart.png": picture("blue", "dot")}
+    for name, image in drawn.items():
+        image.save(tmp_path / name)
+    exec(block, {})
+    similar = model.encode_image(list(drawn.values())) @ model.encode_text(
+        ["cat face", "red heart"]
+    ).T
+    assert capsys.readouterr().out == f"{similar.argsort(descending=True)}\n"
+
+
+def test_the_python_face_is_small():
+    import align
+
+    assert len(align.__all__) <= 10
+    assert all(getattr(align, name) for name in align.__all__)
+
+
 if __name__ == "__main__":
     print(tree())
