@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from align.encoders import build_image_tower, build_text_tower
 from align.encoders.tower import ImageTower, TextTower, first_line
+from align.trust import refuse_calls, refuse_intruders
 
 
 def local_image_tower(name: str, **options: Any) -> ImageTower:
@@ -52,6 +53,8 @@ def _local_tower(folder: Path, side: str, options: dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: cannot be read ({error})") from error
     if "model" in config and "format" in config:
+        refuse_intruders(folder)
+        refuse_calls(folder)
         return _from_bundle(folder, config["model"][side], side, options)
     if "architecture" in config and side == "image":
         return build(f"timm:local-dir:{folder}", **{"pretrained": True, **options})
