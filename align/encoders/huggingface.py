@@ -1,17 +1,26 @@
 """Configurations and weights of Hugging Face models, by architecture, hub id or folder."""
 
+import inspect
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import transformers
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whatever client the hub uses
+)
+from safetensors import SafetensorError
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.configuration_utils import PretrainedConfig
 
+from align.encoders.reach import hub_if_it_answers
 from align.encoders.tower import first_line, near
 
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("auto", "sdpa", "eager")
+"""How attention is computed: fused where the architecture can, fused, or step by step."""
 _NOT_AUTOMATIC = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 """Models that `AutoModel` leaves out, by their type."""
 
@@ -43,15 +52,9 @@ def configuration(
             raise ValueError("a configuration with auto_map runs code of others; it is refused")
         return AutoConfig.for_model(**config)
     if name in CONFIG_MAPPING and not pretrained:
-        found = AutoConfig.for_model(name)
+        found, resolve = AutoConfig.for_model(name), True
     else:
-        try:
-            found = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"hf:{name} is no architecture known to transformers{near(name, CONFIG_MAPPING)}, "
-                f"and no folder or hub model of that name could be read ({first_line(error)})"
-            ) from error
+        found, resolve = _published(name), False
     found = getattr(found, f"{side}_config", None) or found
     unknown = sorted(key for key in options if not hasattr(found, key))
     if unknown:
@@ -59,37 +62,121 @@ def configuration(
         raise ValueError(
             f"hf:{name} has no option {unknown[0]!r}{near(unknown[0], known)}; it has {known}"
         )
+    if resolve:  # made once more, for what it derives from its fields
+        try:
+            return type(found)(**options)
+        except Exception as error:  # each field has a check of its own
+            raise ValueError(f"hf:{name} does not take {options}: {first_line(error)}") from error
     for key, value in options.items():
         setattr(found, key, value)
     return found
 
 
-def build_model(name: str, settings: PretrainedConfig, *, pretrained: bool, attention: str) -> Any:
+def _published(name: str) -> PretrainedConfig:
+    """The configuration in a folder or on the hub."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"hf:{name}: there is no such folder")
+    with hub_if_it_answers(name) as silence:
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
+            if Path(name).is_dir():
+                raise ValueError(
+                    f"hf:{name}: its config.json cannot be read ({first_line(error)})"
+                ) from error
+            known = set(CONFIG_MAPPING) - {name}
+            raise ValueError(
+                f"hf:{name} is no {'published model' if name in CONFIG_MAPPING else 'architecture'}"
+                f" known to transformers{near(name, known)}, and no folder or hub model of that "
+                f"name could be read ({first_line(error)}{silence})"
+            ) from error
+
+
+def build_model(
+    name: str,
+    settings: PretrainedConfig,
+    *,
+    pretrained: bool,
+    attention: str,
+    prune: Callable[[Any], None],
+) -> Any:
     """The model of a configuration, with the weights of `name` or with fresh ones; in fp32.
 
+    Args:
+        name: of the model.
+        settings: its configuration.
+        pretrained: whether to load weights.
+        attention: one of `ATTENTION`.
+        prune: takes away what is not used, and need not be among the weights.
+
     Raises:
-        ValueError: an unknown attention, or no weights in safetensors.
+        ValueError: an unknown attention, or no weights in safetensors, or too few of them.
     """
     if attention not in ATTENTION:
         raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION)}")
     family: Any = AutoModel
+    encoder_alone = settings.is_encoder_decoder
     if settings.model_type in _NOT_AUTOMATIC:
         family = getattr(transformers, _NOT_AUTOMATIC[settings.model_type])
-    elif settings.is_encoder_decoder:  # only the encoder is wanted
+    elif encoder_alone:
         family = AutoModelForTextEncoding
-    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
-    try:
-        if not pretrained:
-            make = getattr(family, "from_config", None) or family._from_config
-            return make(settings, **options)
-        return family.from_pretrained(
-            name, config=settings, use_safetensors=True, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if pretrained:
+        model = _with_weights(family, name, settings, options, prune)
+    else:
+        make = getattr(family, "from_config", None) or family._from_config
+        try:
+            model = make(settings, **options)
+        except Exception as error:  # each architecture has checks of its own
+            raise ValueError(f"hf:{name} could not be made: {first_line(error)}") from error
+        prune(model)
+    # Around the encoder alone the table of embeddings would have two names.
+    return model.get_encoder() if encoder_alone else model
+
+
+def _with_weights(
+    family: Any,
+    name: str,
+    settings: PretrainedConfig,
+    options: dict[str, Any],
+    prune: Callable[[Any], None],
+) -> Any:
+    with hub_if_it_answers(name) as silence:
+        try:
+            model, told = family.from_pretrained(
+                name,
+                config=settings,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except (HTTPError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"hf:{name} could not be made with its weights: {first_line(error)}{silence}"
+            ) from error
+        except Exception as error:  # each architecture has checks of its own
+            raise ValueError(
+                f"hf:{name} could not be made with its weights: {first_line(error)}"
+            ) from error
+    prune(model)
+    if missing := sorted(set(told["missing_keys"]) & set(model.state_dict())):
         raise ValueError(
-            f"hf:{name} could not be made{' with its weights' if pretrained else ''}: "
-            f"{first_line(error)}"
-        ) from error
+            f"hf:{name}: its weights lack {missing[0]!r} and {len(missing) - 1} more: they are not "
+            f"those of {settings.model_type}"
+        )
+    return model
+
+
+def pools(model: nn.Module) -> bool:
+    """Whether an architecture has a pooled output of its own, as far as its signature tells."""
+    returned = inspect.signature(type(model).forward).return_annotation
+    kinds = get_args(returned) or (returned,)
+    return inspect.Signature.empty in kinds or any(
+        "pooler_output" in getattr(kind, "__dataclass_fields__", {}) for kind in kinds
+    )
 
 
 def plain(settings: PretrainedConfig) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Text towers from Hugging Face: any encoder, and causal models too, with a pooler of ours."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from align.encoders.huggingface import build_model, configuration, plain
+from align.encoders.huggingface import build_model, configuration, plain, pools
 from align.encoders.pooling import NATIVE, build_pooler
 from align.encoders.tower import Features, TextTower, Vocabulary
 
@@ -19,7 +20,8 @@ class HuggingFaceTextEncoder(TextTower):
         pretrained: load the published weights; needs a hub id or folder.
         pooler: `mean`, `max`, `cls` (first token), `last` (last real token, for causal models),
             `attention` (a learned query), or `native` (the architecture's own, where it has one).
-        attention: `sdpa` (fused) or `eager`, which is quicker for short texts on a CPU.
+        attention: `auto` (fused where the architecture can), `sdpa` (fused), or `eager`, which is
+            quicker for short texts on a CPU.
         config: the whole configuration, as a bundle keeps it; `name` is then only a name.
         vocabulary: of the tokenizer, where the tower is built from scratch.
         options: fields of the model's configuration (`hidden_size`, `num_hidden_layers`, ...).
@@ -34,7 +36,7 @@ class HuggingFaceTextEncoder(TextTower):
         *,
         pretrained: bool = False,
         pooler: str = "mean",
-        attention: str = "sdpa",
+        attention: str = "auto",
         config: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary | None = None,
         **options: Any,
@@ -42,20 +44,30 @@ class HuggingFaceTextEncoder(TextTower):
         super().__init__()
         if vocabulary is not None and config is None and not pretrained:
             ends = {} if vocabulary.end_id is None else {"eos_token_id": vocabulary.end_id}
-            fitted = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id, **ends}
+            fitted = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id}
+            # No tower reads where texts begin, and the default may be no entry.
+            fitted = {**fitted, "bos_token_id": None, **ends}
             options = {**fitted, **options}
         settings = configuration(
             name, "text", pretrained=pretrained, config=config, options=options
         )
+        if not hasattr(settings, "vocab_size"):
+            raise ValueError(f"hf:{name} is no text tower: it has no vocabulary")
         width: int = settings.hidden_size
         self.pooler = None if pooler == NATIVE else build_pooler(pooler, width)
-        self.transformer = build_model(name, settings, pretrained=pretrained, attention=attention)
-        if self.pooler is not None and getattr(self.transformer, "pooler", None) is not None:
-            # The architecture's own pooling layer would never receive a gradient: ours replaces it.
-            self.transformer.pooler = None
+        self.config = plain(settings)  # before it is built: T5 changes what it is given
+        self.transformer = build_model(
+            name,
+            settings,
+            pretrained=pretrained,
+            attention=attention,
+            prune=partial(_prune, pooler=pooler, name=name),
+        )
         self.name = f"hf:{name}"
         self.own = {"pooler": pooler, "attention": attention}
         self.width = self.token_width = width
+        if pooler == NATIVE:
+            self.width = getattr(settings, "projection_size", None) or width
         self.vocabulary_size: int = settings.vocab_size
         self.pad_id: int | None = settings.pad_token_id
         self.pad_is_an_entry = any(
@@ -67,7 +79,10 @@ class HuggingFaceTextEncoder(TextTower):
         if settings.model_type in _PADDING_COUNTS:
             self.fixed_length = settings.max_position_embeddings
         elif pooler == NATIVE and settings.model_type == "clip_text_model":
-            self.end_id = settings.eos_token_id  # its pooler looks for it
+            # Its pooler looks for the end; 2 is a mistake of the first configurations, which
+            # stands for the greatest id.
+            end = settings.eos_token_id
+            self.end_id = self.vocabulary_size - 1 if end == 2 else end
 
     @property
     def body(self) -> nn.Module:
@@ -76,7 +91,7 @@ class HuggingFaceTextEncoder(TextTower):
 
     def recipe(self) -> dict[str, Any]:
         """Options that rebuild the tower without weights."""
-        return {"config": plain(self.transformer.config), **self.own}
+        return {"config": self.config, **self.own}
 
     def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens embedding"] | None:
         """Rows of the embedding table, where the architecture takes them instead of ids."""
@@ -125,6 +140,22 @@ _TAKE_EMBEDDINGS = {
 """Architectures that do the same with the rows of their table as with ids, padded on the right."""
 _PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
 """Architectures that attend to padding: it is part of what they were trained on."""
+
+
+def _prune(transformer: Any, *, pooler: str, name: str) -> None:
+    """Take away the architecture's own pooling where ours replaces it: it would stay untrained.
+
+    Raises:
+        ValueError: it is wanted, and there is none.
+    """
+    if pooler == NATIVE:
+        if not pools(transformer):
+            raise ValueError(f"hf:{name} has no pooler of its own; choose another pooler")
+        return
+    if getattr(transformer, "pooler", None) is not None:
+        transformer.pooler = None
+    if transformer.config.model_type in _PADDING_COUNTS:
+        transformer.head = nn.Identity()
 
 
 def _positions(transformer: Any) -> int:

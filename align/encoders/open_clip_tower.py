@@ -16,10 +16,11 @@ from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from align.encoders.open_clip_source import build_model, find_source, one_line
-from align.encoders.timm_tower import as_tokens
+from align.encoders.timm_tower import as_tokens, built_for, timm_groups
 from align.encoders.tower import Features, ImageTower, TextTower, Vocabulary, near
 
 
@@ -76,8 +77,11 @@ class OpenCLIPImageEncoder(ImageTower):
                 visual = _build_vision_tower(
                     whole["embed_dim"], whole["vision_cfg"], whole.get("quick_gelu", False)
                 )
-        if getattr(visual, "pool_type", "tok") == "none" and not visual.attn_pool_type:
-            raise ValueError(f"open_clip:{name} does not pool its tokens (pool_type none)")
+        if getattr(visual, "pool_type", "tok") == "none":
+            raise ValueError(
+                f"open_clip:{name} does not pool its tokens to one vector: set pool_type to tok or "
+                "avg, and attentional_pool to true or false"
+            )
         super().__init__(
             statistics[0] if mean is None else mean, statistics[1] if std is None else std
         )
@@ -88,6 +92,10 @@ class OpenCLIPImageEncoder(ImageTower):
         self.config["vision_cfg"].pop("timm_model_pretrained", None)
         self.visual = visual
         self.width, self.token_width = _widths(visual, self.config)
+        if isinstance(visual, TimmModel):
+            self.picture_size = built_for(visual.trunk)
+        else:
+            self.picture_size = max(to_2tuple(visual.image_size))
         if isinstance(visual, VisionTransformer):
             visual.proj = None
             visual.output_tokens = True
@@ -120,6 +128,9 @@ class OpenCLIPImageEncoder(ImageTower):
 
     def layer_groups(self) -> list[list[str]]:
         """Stem, blocks or stages, and what follows."""
+        if isinstance(self.visual, TimmModel):
+            head = [f"visual.head.{name}" for name, _ in self.visual.head.named_parameters()]
+            return [*timm_groups(self.visual.trunk, "visual.trunk."), *([head] if head else [])]
         if not isinstance(self.visual, ModifiedResNet):
             return super().layer_groups()
         stages = ("layer1", "layer2", "layer3", "layer4", "attnpool")
@@ -145,7 +156,11 @@ def _widths(visual: Any, config: dict[str, Any]) -> tuple[int, int]:
             return visual.output_dim, attention.k_proj.in_features
         case TimmModel():
             tokens: Any = visual.trunk.num_features
-            if config["vision_cfg"].get("timm_proj", "linear") == "none":
+            pool = config["vision_cfg"].get("timm_pool", "avg")
+            proj = config["vision_cfg"].get("timm_proj", "linear")
+            if not pool and proj not in {"linear", "mlp"}:
+                raise ValueError("OpenCLIP's towers of timm's need a timm_pool, such as avg")
+            if proj == "none" and pool not in {"abs_attn", "rot_attn"}:
                 return getattr(visual.trunk, "head_hidden_size", None) or tokens, tokens
             return config["embed_dim"], tokens
     raise ValueError(f"OpenCLIP's {type(visual).__name__} is an image tower not known here")

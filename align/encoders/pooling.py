@@ -38,7 +38,7 @@ def last_token(
     """The last real token: in a causal tower the only one that has seen all others."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (positions * mask).argmax(dim=1)
-    return tokens[torch.arange(len(tokens), device=tokens.device), last]
+    return tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
 
 
 class AttentionPool(nn.Module):
@@ -78,6 +78,7 @@ POOLERS: dict[str, Pooler | type[AttentionPool]] = {
     "last": last_token,
     "attention": AttentionPool,
 }
+IMAGE_POOLERS = tuple(name for name in POOLERS if name != "last")
 NATIVE = "native"
 """The pooling that belongs to the architecture itself."""
 
@@ -92,3 +93,14 @@ def build_pooler(name: str, width: int) -> Pooler:
         raise ValueError(f"unknown pooler {name!r}; known: {', '.join([NATIVE, *POOLERS])}")
     pooler = POOLERS[name]
     return pooler(width) if isinstance(pooler, type) else pooler
+
+
+def build_image_pooler(name: str, width: int) -> Pooler:
+    """A pooler of places in a picture, by name; pictures have no last one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in IMAGE_POOLERS:
+        raise ValueError(f"unknown pooling {name!r}; known: {', '.join([NATIVE, *IMAGE_POOLERS])}")
+    return build_pooler(name, width)

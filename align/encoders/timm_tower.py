@@ -1,16 +1,21 @@
 """Image towers from timm: any of its backbones, without the classifier."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from align.encoders.pooling import NATIVE, build_pooler
+from align.encoders.pooling import NATIVE, build_image_pooler
+from align.encoders.reach import hub_if_it_answers
 from align.encoders.tower import Features, ImageTower, first_line, near
+
+WEIGHTS = "model.safetensors"
 
 
 class TimmImageEncoder(ImageTower):
@@ -41,22 +46,22 @@ class TimmImageEncoder(ImageTower):
         image_size: int | None = None,
         **options: Any,
     ) -> None:
-        backbone = _create(name, pretrained, pooling, image_size, options)
+        backbone, options = _create(name, pretrained, pooling, image_size, options)
         cfg = backbone.default_cfg
         super().__init__(cfg["mean"] if mean is None else mean, cfg["std"] if std is None else std)
         self.name = f"timm:{cfg['architecture']}" if ":" in name else f"timm:{name}"
         self.options = options
         self.pooling = pooling
         self.backbone: Any = backbone
-        self.token_width: int = backbone.num_features
         # Some families, such as MobileNet, widen what they pooled once more.
-        self.width: int = getattr(backbone, "head_hidden_size", None) or self.token_width
-        if pooling != NATIVE:
-            if self.width != self.token_width:
-                raise ValueError(
-                    f"timm:{name} goes on after its own pooling; no pooling but {NATIVE} fits it"
-                )
-            self.pooler = build_pooler(pooling, self.width)
+        self.width: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        self.token_width: int = backbone.num_features if pooling == NATIVE else self.width
+        self.picture_size = built_for(backbone)
+        if pooling == NATIVE:
+            return
+        if pooling == "cls" and not getattr(backbone, "num_prefix_tokens", 0):
+            raise ValueError(f"{self.name} has no class token; choose another pooling")
+        self.pooler = build_image_pooler(pooling, self.width)
 
     @property
     def body(self) -> nn.Module:
@@ -70,22 +75,23 @@ class TimmImageEncoder(ImageTower):
 
     def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Features:
         """Encode normalised pixels."""
-        feature_map = self.backbone.forward_features(pixels)
-        tokens = as_tokens(feature_map, self.token_width)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        features = self.backbone.forward_features(pixels)
+        pooled = self.backbone.forward_head(features, pre_logits=True)
         if self.pooling == NATIVE:
-            pooled = self.backbone.forward_head(feature_map, pre_logits=True)
-        else:
-            places = tokens
-            if self.pooling != "cls":  # the class token and registers are no places
-                places = tokens[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
-            pooled = self.pooler(places, mask[:, : places.shape[1]])
-        return Features(pooled, tokens, mask)
+            tokens = as_tokens(features, self.token_width)
+            return Features(pooled, tokens, _all(tokens))
+        if pooled.ndim < 3:
+            raise ValueError(f"{self.name} fits no pooling but {NATIVE}")
+        # Without a pooling of its own, a head normalises each place.
+        tokens = as_tokens(pooled, self.token_width)
+        places = tokens
+        if self.pooling != "cls":  # the class token and registers are no places
+            places = tokens[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        return Features(self.pooler(places, _all(places)), tokens, _all(tokens))
 
     def layer_groups(self) -> list[list[str]]:
         """The groups that timm knows of the architecture."""
-        groups = group_parameters(self.backbone, self.backbone.group_matcher())
-        ordered = [[f"backbone.{name}" for name in groups[key]] for key in sorted(groups)]
+        ordered = timm_groups(self.backbone, "backbone.")
         own = [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]
         return [*ordered[:-1], [*ordered[-1], *own]]
 
@@ -93,30 +99,116 @@ class TimmImageEncoder(ImageTower):
         self.backbone.set_grad_checkpointing(enabled)
 
 
+_NOT_OURS = {
+    "in_chans": "pictures have 3 channels",
+    "num_classes": "a tower has no classifier",
+    "features_only": "a tower pools its last features",
+    "checkpoint_path": "weights lie in a folder, local:FOLDER",
+    "scriptable": "towers are compiled otherwise",
+    "exportable": "towers are exported otherwise",
+}
+_NO_PART_OF_IT = ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+"""Options that say where weights are, not what the architecture is."""
+
+
 def _create(
     name: str, pretrained: bool, pooling: str, image_size: int | None, options: dict[str, Any]
-) -> Any:
-    """Timm's own factory, with its mistakes told in one line."""
-    if ":" not in name and not timm.is_model(name):
-        raise ValueError(
-            f"timm has no model {name!r}{near(name, timm.list_models())}; "
-            "`timm.list_models()` lists them all"
-        )
-    if pooling != NATIVE:
-        options = {**options, "global_pool": ""}
-    known = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if image_size and known and known.fixed_input_size:
-        options = {"img_size": image_size, **options}
+) -> tuple[Any, dict[str, Any]]:
+    """Timm's own factory, with its mistakes told in one line; and the options it was given."""
+    for key in options.keys() & _NOT_OURS.keys():
+        raise ValueError(f"timm:{name} does not take {key!r} here: {_NOT_OURS[key]}")
+    kind, _, place = name.rpartition(":")
+    asks_the_hub = kind == "hf-hub" or (pretrained and not kind)
+    with hub_if_it_answers(place if asks_the_hub else ".") as silence:
+        options, fixed = _known(name, pretrained, options, silence)
+        if image_size and fixed:
+            options = {"img_size": image_size, **options}
+        own = {} if pooling == NATIVE else {"global_pool": ""}
+        try:
+            made = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **{**options, **own}
+            )
+        except TypeError as error:
+            raise ValueError(f"timm:{name} does not take these options: {error}") from error
+        except Exception as error:  # each way to weights has errors of its own
+            raise ValueError(
+                f"timm:{name} could not be made"
+                + (" with its weights" if pretrained else "")
+                + f": {first_line(error)}{silence}"
+            ) from error
+    return made, {key: value for key, value in options.items() if key not in _NO_PART_OF_IT}
+
+
+def _known(
+    name: str, pretrained: bool, options: dict[str, Any], silence: str
+) -> tuple[dict[str, Any], bool]:
+    """The options of an architecture, or of what was published; whether it has a fixed size."""
+    kind, _, place = name.rpartition(":")
+    if not kind:
+        if not timm.is_model(name):
+            raise ValueError(
+                f"timm has no model {name!r}{near(name, timm.list_models())}; "
+                "`timm.list_models()` lists them all"
+            )
+        try:
+            known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        except RuntimeError as error:
+            raise ValueError(f"timm:{name}: {first_line(error)}") from error
+        return options, bool(known and known.fixed_input_size)
+    if kind == "hf-hub":
+        try:
+            published, _, arguments = timm.models.load_model_config_from_hf(place)
+        except Exception as error:  # each way to the hub has errors of its own
+            raise ValueError(
+                f"timm:{name} could not be read: {first_line(error)}{silence}"
+            ) from error
+    elif kind == "local-dir":
+        published, arguments = _in_folder(Path(place), pretrained)
+    else:
+        raise ValueError(f"timm:{name}: {kind}: is neither local-dir: nor hf-hub:")
+    wanted = {key: value for key, value in (arguments or {}).items() if key not in _NOT_OURS}
+    return {**wanted, **options}, bool(published.get("fixed_input_size"))
+
+
+def _in_folder(folder: Path, pretrained: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a folder in timm's format says of the model in it."""
+    if not folder.is_dir():
+        raise ValueError(f"timm:local-dir:{folder}: there is no such folder")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except TypeError as error:
-        raise ValueError(f"timm:{name} does not take these options: {error}") from error
-    except Exception as error:  # each way to weights has errors of its own
-        raise ValueError(
-            f"timm:{name} could not be made"
-            + (" with its weights" if pretrained else "")
-            + f": {first_line(error)}"
-        ) from error
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(told, dict) or not timm.is_model(str(told.get("architecture"))):
+        raise ValueError(f"{folder / 'config.json'} names no architecture of timm's")
+    if pretrained and not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no weights: {WEIGHTS} is missing (pickles are not read)")
+    return told.get("pretrained_cfg", told), told.get("model_args") or {}
+
+
+def built_for(backbone: Any) -> int | None:
+    """The side of the pictures that a backbone insists on; None = it says nothing."""
+    patches = getattr(backbone, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    free = getattr(patches, "dynamic_img_pad", False) or not getattr(
+        patches, "strict_img_size", True
+    )
+    return None if size is None or free else max(size)
+
+
+def timm_groups(backbone: nn.Module, prefix: str) -> list[list[str]]:
+    """Names of a backbone's parameters from input to output, as timm groups its layers.
+
+    Args:
+        backbone: a timm model.
+        prefix: stands before each name.
+    """
+    model: Any = backbone
+    groups = group_parameters(model, model.group_matcher())
+    return [[f"{prefix}{name}" for name in groups[key]] for key in sorted(groups)]
+
+
+def _all(tokens: Float[Tensor, "batch tokens width"]) -> Bool[Tensor, "batch tokens"]:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def as_tokens(

@@ -77,21 +77,24 @@ class TowerModule(nn.Module, ABC):
     def layer_groups(self) -> list[list[str]]:
         """Names of the parameters from input to output: the stem, each block, what follows.
 
-        The longest run of like modules is taken for the blocks.
+        Blocks are the modules of the kind that makes the longest run. What stands between two of
+        them, such as the step from one stage to the next, goes with the later one, and tables of
+        embeddings go with the stem.
         """
-        names = [name for name, _ in self.named_parameters()]
         blocks = _blocks(self)
-        if not blocks:
-            return [names]
-        before, after = blocks[0] + ".", blocks[-1] + "."
-        first = next(i for i, name in enumerate(names) if name.startswith(before))
-        last = max(i for i, name in enumerate(names) if name.startswith(after))
-        inside = [[name for name in names if name.startswith(f"{block}.")] for block in blocks]
-        taken = {name for group in inside for name in group}
-        stem = [name for name in names[:first] if name not in taken]
-        head = [name for name in names[last + 1 :] if name not in taken]
-        between = [name for name in names[first:last] if name not in taken]
-        return [group for group in ([*stem, *between], *inside, head) if group]
+        inside = {key: at for at, block in enumerate(blocks, 1) for key in _within(self, block)}
+        tables = tuple(
+            f"{name}." for name, part in self.named_modules() if isinstance(part, nn.Embedding)
+        )
+        groups: list[list[str]] = [[] for _ in range(len(blocks) + 2)]
+        reached = 0
+        for key, _ in self.named_parameters():
+            reached = inside.get(key, reached)
+            if key in inside:
+                groups[reached].append(key)
+            else:
+                groups[0 if not reached or key.startswith(tables) else reached + 1].append(key)
+        return [group for group in groups if group]
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Keep no activations inside the blocks; compute them again on the way back.
@@ -146,14 +149,26 @@ class ImageTower(TowerModule):
     Args:
         mean: per channel, of pixel values in [0, 1].
         std: likewise.
+
+    Attributes:
+        picture_size: side of the pictures that the tower was built for; None = any.
+
+    Raises:
+        ValueError: there are not three of each, or a deviation is not above zero.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    picture_size: int | None = None
 
     def __init__(self, mean: Iterable[float], std: Iterable[float]) -> None:
         super().__init__()
         self.statistics = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
+        for key, values in self.statistics.items():
+            if len(values) != 3 or (key == "std" and min(values) <= 0):
+                raise ValueError(
+                    f"{key} {values}: it takes a number for each of 3 channels, deviations above 0"
+                )
         for key, values in self.statistics.items():
             buffer = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
             self.register_buffer(f"pixel_{key}", buffer, persistent=False)
@@ -309,14 +324,27 @@ def _widen(tokens: Float[Tensor, "batch tokens width"], length: int) -> Tensor:
 
 
 def _blocks(module: nn.Module) -> list[str]:
-    """Names of the longest run of modules of one class inside a list or sequence."""
-    best: list[str] = []
-    for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > len(best):
-            kinds = {type(child) for child in part}
-            if len(kinds) == 1 and any(True for _ in part.parameters()):
-                best = [f"{name}.{i}" if name else str(i) for i in range(len(part))]
-    return best
+    """Names of all modules, in lists and sequences, of the kind that makes the longest run."""
+    runs = [
+        (name, part, type(part[0]))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in part}) == 1
+        and any(True for _ in part.parameters())
+    ]
+    if not runs:
+        return []
+    kind = max(runs, key=lambda run: len(run[1]))[2]
+    return [
+        f"{name}.{at}" if name else str(at)
+        for name, part, kinds in runs
+        if kinds is kind
+        for at in range(len(part))
+    ]
+
+
+def _within(module: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{key}" for key, _ in module.get_submodule(name).named_parameters()]
 
 
 @contextmanager
@@ -339,6 +367,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line: its first, with the second where it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return said or type(error).__name__
