@@ -97,6 +97,11 @@ class DualEncoder(nn.Module):
         self._check_tokenizer()
         self.image_projection = _projection(config.image, self.image.width, config.dim)
         self.text_projection = _projection(config.text, self.text.width, config.dim)
+        for part in (*self.image_projection.modules(), *self.text_projection.modules()):
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
         self.register_buffer("logit_scale", torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("logit_bias", torch.tensor(0.0))
 
@@ -253,21 +258,19 @@ class DualEncoder(nn.Module):
             return torch.cat(rows)
 
 
-def _linear(width: int, dim: int, *, bias: bool = False) -> nn.Linear:
-    layer = nn.Linear(width, dim, bias=bias)
-    nn.init.normal_(layer.weight, std=width**-0.5)
-    return layer
+def _linear(width: int, dim: int) -> nn.Module:
+    return nn.Linear(width, dim, bias=False)
 
 
 def _affine(width: int, dim: int) -> nn.Module:
-    layer = _linear(width, dim, bias=True)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return nn.Linear(width, dim)
 
 
 def _perceptron(width: int, dim: int) -> nn.Module:
     hidden = (width + dim) // 2
-    return nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, dim))
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False)
+    )
 
 
 def _no_projection(width: int, dim: int) -> nn.Module:
