@@ -102,7 +102,7 @@ _UNSAID = {
     *("scale_attn", "scale_attn_inner", "scale_fc", "scale_heads", "scaled_cosine_attn"),
 }
 """Options of OpenCLIP's that change the mathematics to what Hugging Face's CLIP is not."""
-_LEGACY_END = 2
+LEGACY_END = 2
 """An `eos_token_id` with which Hugging Face's text tower looks for the greatest id instead."""
 
 
@@ -185,7 +185,7 @@ def _in_open_clip_names(name: str, tower: TowerModule, _: Tokenizer) -> _Convert
     section["norm_kwargs"] = {"eps": settings.layer_norm_eps}
     if name == "image":
         section["head_width"] = settings.hidden_size // settings.num_attention_heads
-    elif settings.eos_token_id not in (_LEGACY_END, settings.vocab_size - 1):
+    elif settings.eos_token_id not in (LEGACY_END, settings.vocab_size - 1):
         section |= {"pool_type": "eos", "eos_id": settings.eos_token_id}
     activation = dict(_ACTIVATIONS[settings.hidden_act])
     quick = activation.pop("quick_gelu", False)
@@ -251,8 +251,8 @@ def _check_section(section: Any, tower: str, side: str) -> None:
         refused = f"block_type={section.block_type!r}"
     elif section.pool_type not in {"image": ("tok",), "text": ("argmax", "eos")}[side]:
         refused = f"pool_type={section.pool_type!r}"
-    elif section.pool_type == "eos" and section.eos_id == _LEGACY_END:
-        refused = f"eos_id={_LEGACY_END}, which it takes for the greatest id,"
+    elif section.pool_type == "eos" and section.eos_id == LEGACY_END:
+        refused = f"eos_id={LEGACY_END}, which it takes for the greatest id,"
     else:
         for field in fields(section):
             if field.name in _UNSAID and getattr(section, field.name) != field.default:
