@@ -43,7 +43,8 @@ class Row:
         names: their names, abridged, such as `text.transformer.encoder.layer.{0..11}.*`.
         tensors: how many.
         values: how many numbers in them.
-        rates: lowest and highest share of the learning rate; both 0 = frozen.
+        frozen: how many of the numbers do not learn.
+        rates: lowest and highest share of the learning rate of those that do; 0 if none does.
         weight_decays: those above zero, ascending.
         decaying: how many of the numbers they act on.
     """
@@ -51,6 +52,7 @@ class Row:
     names: str
     tensors: int
     values: int
+    frozen: int
     rates: tuple[float, float]
     weight_decays: tuple[float, ...]
     decaying: int
@@ -60,7 +62,7 @@ def summary(module: nn.Module, learning: Mapping[str, Learning], *, rows: int = 
     """A table of how parameters learn: a line for each part of the model that learns alike.
 
     Blocks that are counted share a line, whatever their rates, and lines are drawn together until
-    there are few enough; only what is frozen never shares a line with what learns.
+    there are few enough: first those of which all or none is frozen.
 
     Args:
         module: the module that `learning` tells of.
@@ -68,16 +70,8 @@ def summary(module: nn.Module, learning: Mapping[str, Learning], *, rows: int = 
         rows: how many are few enough.
     """
     parts = list(_parts((), [tuple(name.split(".")) for name in learning], learning))
-    while len(parts) > rows:
-        for parent in sorted({part.parent for part in parts} - {()}, key=len, reverse=True):
-            inside = [part for part in parts if part.path[: len(parent)] == parent]
-            if len(inside) > 1 and len({part.frozen(learning) for part in inside}) == 1:
-                names = tuple(name for part in inside for name in part.names)
-                parts[parts.index(inside[0])] = _Part(parent[:-1], parent[-1:], names)
-                parts = [part for part in parts if part not in inside]
-                break
-        else:
-            break
+    while len(parts) > rows and (joined := _drawn_together(parts, learning)):
+        parts = joined
     parameters = named(module)
     return [_row(part, learning, parameters) for part in parts]
 
@@ -91,14 +85,15 @@ def format_rows(rows: Iterable[Row], *, learning_rate: float) -> str:
     """
     lines = [("parameters", "tensors", "values", "learning rate", "weight decay")]
     for row in rows:
-        rates = dict.fromkeys(f"{rate * learning_rate:.3g}" for rate in row.rates)
+        rates = " to ".join(dict.fromkeys(f"{rate * learning_rate:.3g}" for rate in row.rates))
+        still = f"{_count(row.frozen)} frozen" if row.frozen < row.values else "frozen"
         decays = ", ".join(f"{decay:.3g}" for decay in row.weight_decays)
         lines.append(
             (
                 row.names,
                 f"{row.tensors:,}",
                 _count(row.values),
-                " to ".join(rates) if row.rates[1] else "frozen",
+                ", ".join([rates] * (row.rates[1] > 0) + [still] * (row.frozen > 0)),
                 f"{decays} on {_count(row.decaying)}" if decays else "-",
             )
         )
@@ -166,6 +161,26 @@ def _parts(
         yield last
 
 
+def _drawn_together(parts: list[_Part], learning: Mapping[str, Learning]) -> list[_Part] | None:
+    """The same table with one of the deepest nodes on one line; None if none is below the top."""
+    parents = dict.fromkeys(part.parent for part in parts if part.parent)
+    deepest = sorted(parents, key=len, reverse=True)
+    inside = {
+        parent: [part for part in parts if part.path[: len(parent)] == parent] for parent in deepest
+    }
+    several = [parent for parent in deepest if len(inside[parent]) > 1]
+    alike = [one for one in several if len({part.frozen(learning) for part in inside[one]}) == 1]
+    for parent in (alike or several)[:1]:
+        names = tuple(name for part in inside[parent] for name in part.names)
+        at = parts.index(inside[parent][0])
+        return [
+            *parts[:at],
+            _Part(parent[:-1], parent[-1:], names),
+            *(part for part in parts[at:] if part not in inside[parent]),
+        ]
+    return None
+
+
 def _row(
     part: _Part, learning: Mapping[str, Learning], parameters: Mapping[str, nn.Parameter]
 ) -> Row:
@@ -174,17 +189,17 @@ def _row(
     if len(part.children) > 1:
         counted = all(child.isdecimal() for child in part.children)
         label = f"{{{first}..{end}}}" if counted else f"{{{','.join(part.children)}}}"
-    here = [learning[name] for name in part.names]
-    sizes = [parameters[name].numel() for name in part.names]
+    sizes = {name: parameters[name].numel() for name in part.names}
+    learns = {name: one for name in part.names if (one := learning[name]).rate}
+    rates = [one.rate for one in learns.values()] or [0.0]
     whole = part.names == (".".join(part.path),)  # one parameter, not a module
-    decays = {one.weight_decay for one in here if one.rate and one.weight_decay}
+    decays = {one.weight_decay for one in learns.values() if one.weight_decay}
     return Row(
         names=".".join([*part.parent, label]) + ("" if whole else ".*"),
         tensors=len(sizes),
-        values=sum(sizes),
-        rates=(min(one.rate for one in here), max(one.rate for one in here)),
+        values=sum(sizes.values()),
+        frozen=sum(size for name, size in sizes.items() if name not in learns),
+        rates=(min(rates), max(rates)),
         weight_decays=tuple(sorted(decays)),
-        decaying=sum(
-            size for one, size in zip(here, sizes, strict=True) if one.rate and one.weight_decay
-        ),
+        decaying=sum(sizes[name] for name, one in learns.items() if one.weight_decay),
     )

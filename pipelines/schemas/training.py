@@ -113,10 +113,19 @@ class TokenizerConfig(Config):
     """Where the vocabulary comes from."""
 
     name: str | None = Field(
-        default=None, description="Folder or hub id of a tokenizer; null = trained on the captions."
+        default=None,
+        description="clip (CLIP's own byte pairs), or a folder or hub id with a tokenizer.json in\n"
+        "Hugging Face's format, whatever its kind; one that runs code of others is refused.\n"
+        "null = that of a pretrained text tower, else trained on the captions (word pieces).",
     )
     vocabulary_size: PositiveInt = Field(
         default=8192, description="Largest vocabulary, where it is trained."
+    )
+    clean: Literal["none", "whitespace", "lower", "canonicalize"] | None = Field(
+        default=None,
+        description="What is done to a caption first: none; whitespace (broken encodings and HTML\n"
+        "mended, single spaces), lower (and lower case), canonicalize (and no punctuation).\n"
+        "null = lower for clip, as the pretrained text tower had it, else none.",
     )
 
 
@@ -275,7 +284,7 @@ class PretrainConfig(Config):
     gradient_checkpointing: bool = Field(
         default=False,
         description="Compute activations again on the way back instead of keeping them: less\n"
-        "memory, about a third more time, the same gradients.",
+        "memory, more time, the same gradients.",
     )
     compile: bool = Field(
         default=False,
