@@ -16,9 +16,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from align.folders import damage
+from align.tokenizer_source import read_backend
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,32 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer; it pads on the right, with its end token if it has no padding token.
-        context_length: longer texts are cut here, in tokens, special ones included.
+        context_length: longer texts are cut here, in tokens, special ones included; what is cut is
+            counted in `TokenBatch.truncated`.
         clean: what is done to a text first, in OpenCLIP's terms: `none`, `whitespace` (repair
             encodings, resolve HTML entities, single spaces), `lower` (and lower case), or
             `canonicalize` (and no punctuation).
 
     Raises:
-        ValueError: the backend cannot pad, or an unknown way to clean.
+        ValueError: the backend cannot pad, the context is shorter than what it adds to a text, or
+            an unknown way to clean.
     """
 
     def __init__(
         self, backend: PreTrainedTokenizerFast, *, context_length: int, clean: str = "none"
     ) -> None:
-        if clean not in CLEANING:
-            raise ValueError(f"unknown way to clean {clean!r}; known: {', '.join(CLEANING)}")
+        _cleaner(clean)
         if backend.pad_token_id is None:
             if backend.eos_token is None:
                 raise ValueError(
                     "the tokenizer has no padding token; give it one before using it here"
                 )
             backend.pad_token = backend.eos_token  # causal models leave it to the mask
+        if (added := backend.num_special_tokens_to_add()) >= context_length:
+            raise ValueError(
+                f"a context_length of {context_length} leaves no room: the tokenizer adds {added} "
+                "tokens to every text"
+            )
         backend.padding_side = backend.truncation_side = "right"
         self.backend = backend
         self.context_length = context_length
@@ -89,6 +95,12 @@ class Tokenizer:
             sum(bool(one.overflowing) for one in encoded.encodings or ()),
         )
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole texts, neither cut nor padded."""
+        clean = _cleaner(self.clean)
+        cleaned = [clean(text) for text in texts]
+        return self.backend(cleaned, truncation=False, verbose=False)["input_ids"]
+
     @property
     def pad_id(self) -> int:
         """What stands behind the end of shorter texts."""
@@ -112,26 +124,26 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Load from a folder in Hugging Face's format, from the hub by name, or `clip` (`clip()`).
 
+        Args:
+            name: `clip`, a folder (`./clip`, should it be called so), or a hub id.
+            context_length: longest text, in tokens.
+            clean: what is done to a text first; None = as `clip` has it, else nothing.
+
         Raises:
-            ValueError: there is no tokenizer of that name.
+            ValueError: there is no tokenizer of that name, or one that is refused
+                (`align.tokenizer_source`).
         """
         if str(name) == "clip":
-            return cls.clip(context_length=context_length)
-        try:
-            backend = AutoTokenizer.from_pretrained(
-                str(name), use_fast=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"no tokenizer could be read from {str(name)!r}: {damage(error)}"
-            ) from error
+            return cls.clip(context_length=context_length, clean=clean or "lower")
+        backend = read_backend(str(name))
         return cls(backend, context_length=context_length, clean=clean or "none")
 
     @classmethod
-    def clip(cls, *, context_length: int = 77) -> "Tokenizer":
+    def clip(cls, *, context_length: int = 77, clean: str = "lower") -> "Tokenizer":
         """CLIP's own byte pairs (Radford et al. 2021), out of the vocabulary that OpenCLIP ships.
 
-        The same ids as `open_clip.SimpleTokenizer`, without a network.
+        The same ids as `open_clip.SimpleTokenizer`, without a network; but `<end_of_text>` written
+        right behind a punctuation mark is one token here and its letters there.
         """
         from open_clip.tokenizer import bytes_to_unicode, default_bpe
 
@@ -166,17 +178,22 @@ class Tokenizer:
             eos_token=_CLIP_ENDS[1],
             pad_token=_CLIP_ENDS[1],
         )
-        return cls(backend, context_length=context_length, clean="lower")
+        return cls(backend, context_length=context_length, clean=clean)
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], *, vocabulary_size: int, context_length: int
+        cls,
+        texts: Iterable[str],
+        *,
+        vocabulary_size: int,
+        context_length: int,
+        clean: str = "none",
     ) -> "Tokenizer":
         """Train a WordPiece vocabulary (Wu et al. 2016) on texts; lower case, accents dropped.
 
         The result depends on the multiset of texts alone, not on their order.
         """
-        counted = sorted(texts)
+        counted = sorted(map(_cleaner(clean), texts))
         # The trainer numbers the letters inside words ("##a") in the order of a hash table that
         # differs from process to process, and breaks ties by those numbers. A first round finds
         # them, and the second is given them in order, as if they were special.
@@ -195,15 +212,20 @@ class Tokenizer:
             cls_token="[CLS]",
             sep_token="[SEP]",
         )
-        return cls(backend, context_length=context_length)
+        return cls(backend, context_length=context_length, clean=clean)
 
 
 CLEANING = ("none", "whitespace", "lower", "canonicalize")
 _CLIP_ENDS = ["<start_of_text>", "<end_of_text>"]
-_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_CLIP_WORDS = (
+    r"(?i)<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|"
+    r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 def _cleaner(name: str) -> Callable[[str], str]:
+    if name not in CLEANING:
+        raise ValueError(f"unknown way to clean {name!r}; known: {', '.join(CLEANING)}")
     if name == "none":
         return str
     from open_clip.tokenizer import get_clean_fn

@@ -79,12 +79,14 @@ def train_tokenizer(
     vocabulary_size: int,
     context_length: int,
     fields: Sequence[str] = (),
+    clean: str = "none",
 ) -> Tokenizer:
     """Train a vocabulary on the captions of a data set: those of at most a million samples."""
     return Tokenizer.train(
         _all_captions(manifest, writer, CaptionRule(tuple(fields))),
         vocabulary_size=vocabulary_size,
         context_length=context_length,
+        clean=clean,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from align.tokenizer import Tokenizer
+from align.tokenizer_source import tokenizer_of
 from pipelines.captions import CaptionWriter
 from pipelines.checkup.data import (
     Look,
@@ -156,7 +157,9 @@ class _Visit:
         """The run's tokenizer; one that is trained gets a bounded number of captions."""
         some, began = sampled(data.loader.manifest), time.perf_counter()
         tokenizer = make_tokenizer(self.wanted, some, data.writer)
-        if self.wanted.tokenizer.name is None and len(some) < len(data.loader.manifest):
+        text = self.wanted.model.text
+        trains = not (self.wanted.tokenizer.name or tokenizer_of(text.name, text.options))
+        if trains and len(some) < len(data.loader.manifest):
             self.check.ok(
                 "vocabulary",
                 f"trained on {several(len(some), 'sample')} here in "

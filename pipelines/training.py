@@ -17,6 +17,7 @@ from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
 from align.parameters import Learning, freeze, how_it_learns
 from align.tokenizer import Tokenizer
+from align.tokenizer_source import tokenizer_of
 from eval.results import Report
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
@@ -184,17 +185,19 @@ def make_tokenizer(
     config: PretrainConfig, manifest: Manifest, captions: CaptionWriter
 ) -> Tokenizer:
     """The tokenizer named, else that of the pretrained weights, else one trained on captions."""
-    name, text = config.tokenizer.name, config.model.text
-    if name is None and text.options.get("pretrained"):
-        name = text.name.partition(":")[2]
+    wanted, text = config.tokenizer, config.model.text
+    name, clean = wanted.name, wanted.clean
+    if name is None and (own := tokenizer_of(text.name, text.options)):
+        name, clean = own[0], clean or own[1]
     if name is not None:
-        return Tokenizer.load(name, context_length=config.model.context_length)
+        return Tokenizer.load(name, context_length=config.model.context_length, clean=clean)
     return train_tokenizer(
         manifest,
         captions,
         fields=config.caption_fields,
-        vocabulary_size=config.tokenizer.vocabulary_size,
+        vocabulary_size=wanted.vocabulary_size,
         context_length=config.model.context_length,
+        clean=clean or "none",
     )
 
 

@@ -301,7 +301,7 @@ def check_tokens(
 ) -> None:
     """Lengths in tokens against the context length, and words that the vocabulary lacks."""
     backend, length = tokenizer.backend, config.model.context_length
-    ids: list[list[int]] = backend(list(texts), truncation=False, verbose=False)["input_ids"]
+    ids = tokenizer.ids(texts)
     lengths = np.array([len(one) for one in ids])
     cut = float((lengths > length).mean())
     unknown = float(np.mean(np.concatenate(ids) == backend.unk_token_id))
