@@ -87,6 +87,7 @@ class Tokenizer:
             padding=True,
             truncation=True,
             max_length=self.context_length,
+            return_attention_mask=True,  # SigLIP's tokenizers leave it out unless asked
             return_tensors="pt",
         )
         return TokenBatch(
