@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from align.encoders.tower import first_line
+from align.folders import damage
 from align.trust import refuse_names
 
 PARTS = ("config.json", "model.safetensors", "README.md", "results.json", "tokenizer/*")
@@ -19,6 +19,8 @@ PARTS = ("config.json", "model.safetensors", "README.md", "results.json", "token
 PREFIX = "hub:"
 """Before an id it says that the hub is meant, whatever lies here."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_PATIENCE = 10.0
+"""Seconds that the hub has to say what it has."""
 _FAILURES = (HTTPError, OfflineModeIsEnabled, XetDownloadError, OSError)
 
 
@@ -83,7 +85,7 @@ def upload(
             allow_patterns=list(PARTS),
             delete_patterns=list(PARTS),
         )
-    except _FAILURES as error:
+    except (*_FAILURES, ValueError) as error:  # the last where the card's header is wrong
         raise ValueError(f"{repo_id} could not be pushed: {_told(error)}") from error
     return str(url) if revision is None else f"{url}/tree/{revision}"
 
@@ -100,14 +102,16 @@ def _checked(repo_id: str) -> str:
 def _fetch(repo_id: str) -> Path:
     """A snapshot of a repository in the hub's own cache, without what is no part of a bundle."""
     try:
-        refuse_names(HfApi(library_name="clip-align").list_repo_files(repo_id), repo_id)
+        # The one request that is not tried again and again where there is no network.
+        found = HfApi(library_name="clip-align").model_info(repo_id, timeout=_PATIENCE)
+        refuse_names([file.rfilename for file in found.siblings or []], repo_id)
         return Path(snapshot_download(repo_id, allow_patterns=list(PARTS)))
     except _FAILURES as error:
         try:
             kept = snapshot_download(repo_id, allow_patterns=list(PARTS), local_files_only=True)
         except _FAILURES:
             raise ValueError(
-                f"there is no folder {repo_id}, and the hub has none to give: {_told(error)}"
+                f"there is no folder {repo_id}, and none could be had from the hub: {_told(error)}"
             ) from error
         return Path(kept)
 
@@ -126,4 +130,6 @@ def _told(error: Exception) -> str:
             return "nobody and nothing of that name is there"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids to ask, and it is not in the hub's cache"
-    return f"{first_line(error)} ({type(error).__name__})"
+    if type(error) is ValueError:
+        return " ".join(str(error).split())
+    return f"{damage(error)} ({type(error).__name__})"
