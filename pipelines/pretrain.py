@@ -21,6 +21,7 @@ from eval.results import Report
 from pipelines import run_folder
 from pipelines.bundles import bundle_of, save_bundle
 from pipelines.captions import positive_labels
+from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import embed_pairs, left_out
 from pipelines.evaluate import retrieval_report
@@ -57,6 +58,8 @@ def run(config: PretrainConfig) -> int:
             save_bundle(training, training.validated or (measure(training) if wanted else None))
             done = training.step * config.batch_size
             print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
+            if training.cut_captions:
+                print(cut_off(training), flush=True)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0 if finished else 130
@@ -126,6 +129,15 @@ def what_learns(training: Training) -> str:
     return format_rows(rows, learning_rate=training.config.optimizer.learning_rate)
 
 
+def cut_off(training: Training) -> str:
+    """How many captions lost their end, in one line."""
+    share = training.cut_captions / (training.step * training.config.batch_size)
+    return (
+        f"{percent(share)} of the captions were longer than context_length "
+        f"{training.config.model.context_length} tokens and were cut"
+    )
+
+
 def record(training: Training) -> None:
     """Say in the run folder what the run is, and forget what was logged after its checkpoint."""
     config = training.config
@@ -162,7 +174,8 @@ def train(training: Training) -> bool:
             measured = {"data_ms": 1000 * (time.perf_counter() - started)}
             measured |= step(training, batch)
             if line := log.step(training.step, measured):
-                log.write({**line, "bad_samples": training.bad_samples})
+                counts = {"bad_samples": training.bad_samples}
+                log.write({**line, **counts, "cut_captions": training.cut_captions})
 
             bad_in_a_row = 0 if measured["finite"] else bad_in_a_row + 1
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
@@ -261,11 +274,12 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
             buffer.copy_(before)
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
-    bad = torch.tensor(float(training.loader.bad), device=device)
-    metrics = _over_ranks(training.accelerator, {**output.metrics, "bad_samples": bad})
-    training.bad_samples = training.earlier_bad + round(
-        metrics.pop("bad_samples") * training.accelerator.num_processes
-    )
+    counts = {"bad": float(training.loader.bad), "cut": float(tokens.truncated)}
+    counted = {name: torch.tensor(count, device=device) for name, count in counts.items()}
+    metrics = _over_ranks(training.accelerator, {**output.metrics, **counted})
+    processes = training.accelerator.num_processes
+    training.bad_samples = training.earlier_bad + round(metrics.pop("bad") * processes)
+    training.cut_captions += round(metrics.pop("cut") * processes)
     return {
         **metrics,
         "learning_rate": factor * config.optimizer.learning_rate,
@@ -328,6 +342,7 @@ def resume(training: Training) -> None:
     training.step, training.skipped = progress["step"], progress["skipped"]
     training.loader.load_state_dict(progress["loader"])
     training.earlier_report = progress["data_report"]
+    training.cut_captions = progress["data_report"]["cut_captions"]
 
 
 def validate(training: Training) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Training:
     step: int = 0
     skipped: int = 0
     bad_samples: int = 0  # met by all processes since the run began
+    cut_captions: int = 0  # likewise, longer than the context
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
     validated: Report | None = None  # what the last step left, where it was measured
 
@@ -78,7 +79,8 @@ class Training:
     def data_report(self) -> dict[str, Any]:
         """What all processes met in the data since the run began; all of them must call it."""
         ranks = gather_object([self.loader.report()])
-        return merged([*([self.earlier_report] if self.earlier_report else []), *ranks])
+        report = merged([*([self.earlier_report] if self.earlier_report else []), *ranks])
+        return {**report, "cut_captions": self.cut_captions}
 
     def due(self, samples: int) -> bool:
         """Whether a cadence of so many samples falls due with the step just taken."""

@@ -158,6 +158,8 @@ def duration(seconds: int | float) -> str:
 
 def percent(share: int | float) -> str:
     """A share for people; what is there is never called nothing."""
+    if 0 < share < 0.0005:
+        return "less than 0.1%"
     return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
