@@ -7,7 +7,13 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from align.encoders.huggingface import build_model, configuration, plain, pools
+from align.encoders.huggingface import (
+    build_model,
+    checkpoint_gradients,
+    configuration,
+    plain,
+    pools,
+)
 from align.encoders.pooling import NATIVE, build_pooler
 from align.encoders.tower import Features, TextTower, Vocabulary
 
@@ -54,7 +60,7 @@ class HuggingFaceTextEncoder(TextTower):
         if not hasattr(settings, "vocab_size"):
             raise ValueError(f"hf:{name} is no text tower: it has no vocabulary")
         width: int = settings.hidden_size
-        self.pooler = None if pooler == NATIVE else build_pooler(pooler, width)
+        own_pooler = None if pooler == NATIVE else build_pooler(pooler, width)
         self.config = plain(settings)  # before it is built: T5 changes what it is given
         self.transformer = build_model(
             name,
@@ -63,6 +69,7 @@ class HuggingFaceTextEncoder(TextTower):
             attention=attention,
             prune=partial(_prune, pooler=pooler, name=name),
         )
+        self.pooler = own_pooler
         self.name = f"hf:{name}"
         self.own = {"pooler": pooler, "attention": attention}
         self.width = self.token_width = width
@@ -127,10 +134,7 @@ class HuggingFaceTextEncoder(TextTower):
         return {"use_cache": False} if hasattr(self.transformer.config, "use_cache") else {}
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
-        if enabled:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.transformer.gradient_checkpointing_disable()
+        checkpoint_gradients(self.transformer, enabled)
 
 
 _TAKE_EMBEDDINGS = {
