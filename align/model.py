@@ -92,6 +92,12 @@ class DualEncoder(nn.Module):
         self.image = build_image_tower(
             config.image.name, image_size=config.image_size, **config.image.options
         )
+        if self.image.picture_size not in {None, config.image_size}:
+            raise ValueError(
+                f"the image tower {config.image.name} was built for pictures of "
+                f"{self.image.picture_size} px, not for image_size {config.image_size}: choose "
+                f"model.image_size={self.image.picture_size}, or another tower"
+            )
         vocabulary = Vocabulary(len(tokenizer), tokenizer.pad_id, tokenizer.end_id)
         self.text = build_text_tower(config.text.name, vocabulary=vocabulary, **config.text.options)
         self._check_tokenizer()
@@ -238,7 +244,8 @@ class DualEncoder(nn.Module):
             return torch.cat(rows)
 
     @torch.no_grad()
-    def encode_text(
+            texts: any strings; what exceeds the context length is cut, as `truncated` of what
+                `tokenize` returns tells.
         self, texts: Sequence[str], *, batch_size: int = 256
     ) -> Float[Tensor, "rows dim"]:
         """Embed texts: unit-length rows, fp32, on the CPU.

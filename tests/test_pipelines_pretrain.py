@@ -409,7 +409,7 @@ def test_data_that_is_not_there_is_one_line(kind, tmp_path, cli_call):
         ({"model__context_length": 64}, "context_length 64"),
         ({"captions": ["{name}"]}, "template '{name}' does not fit the data"),
         ({"loss__positives": "name"}, "has no field 'name'"),
-        ({"tokenizer__name": "/no/such/tokenizer"}, "no tokenizer could be read"),
+        ({"tokenizer__name": "/no/such/tokenizer"}, "no tokenizer /no/such/tokenizer"),
         ({"loss__min_temperature": 0.5}, "min_temperature"),
         ({"out": "/dev/null/run"}, "/dev/null/run"),
     ],
