@@ -244,14 +244,14 @@ class DualEncoder(nn.Module):
             return torch.cat(rows)
 
     @torch.no_grad()
-            texts: any strings; what exceeds the context length is cut, as `truncated` of what
-                `tokenize` returns tells.
+    def encode_text(
         self, texts: Sequence[str], *, batch_size: int = 256
     ) -> Float[Tensor, "rows dim"]:
         """Embed texts: unit-length rows, fp32, on the CPU.
 
         Args:
-            texts: any strings; what exceeds the context length is cut.
+            texts: any strings; what exceeds the context length is cut, and `truncated` of what
+                `tokenize` returns tells of how many.
             batch_size: texts at a time.
         """
         if isinstance(texts, str):
