@@ -182,3 +182,17 @@ def pools(model: nn.Module) -> bool:
 def plain(settings: PretrainedConfig) -> dict[str, Any]:
     """A configuration as JSON values, complete, whatever defaults a later version has."""
     return json.loads(settings.to_json_string(use_diff=False))
+
+
+def checkpoint_gradients(model: Any, enabled: bool) -> None:
+    """Have a Hugging Face model keep no activations inside its blocks, or keep them again.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    # Later releases of transformers warn of the old names; earlier ones know no others.
+    verb = "enable" if enabled else "disable"
+    switch = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
+        model, f"gradient_checkpointing_{verb}"
+    )
+    switch(*([{"use_reentrant": False}] * enabled))

@@ -9,7 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from align.encoders.huggingface import build_model, configuration, plain, pools
+from align.encoders.huggingface import (
+    build_model,
+    checkpoint_gradients,
+    configuration,
+    plain,
+    pools,
+)
 from align.encoders.pooling import NATIVE, build_image_pooler
 from align.encoders.tower import Features, ImageTower
 
@@ -101,10 +107,7 @@ class HuggingFaceImageEncoder(ImageTower):
         return Features(output.pooler_output.flatten(1), tokens, mask)
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
-        if enabled:
-            self.vision.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.vision.gradient_checkpointing_disable()
+        checkpoint_gradients(self.vision, enabled)
 
 
 _POOLED_FIRST = {"clip_vision_model", "convnext", "convnextv2"}

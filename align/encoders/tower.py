@@ -1,6 +1,7 @@
 """What every tower promises, whatever library it comes from."""
 
 import difflib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from align.encoders.chunks import plan_chunks
+from align.encoders.statistics import count_once
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,7 @@ class TowerModule(nn.Module, ABC):
             raise ValueError(f"{self.name} has no gradient checkpointing") from error
         for handle in self._holds:
             handle.remove()
-        normalisations = [part for part in self.modules() if isinstance(part, _BatchNorm)]
-        self._holds = [
-            handle
-            for part in normalisations * enabled
-            for handle in (
-                part.register_forward_pre_hook(_hold_statistics),
-                part.register_forward_hook(_release_statistics, always_call=True),
-            )
-        ]
+        self._holds = count_once(self) if enabled else ()
 
     @abstractmethod
     def _checkpoint_gradients(self, enabled: bool) -> None: ...
@@ -131,7 +124,11 @@ class TowerModule(nn.Module, ABC):
         self._compiled_encode = torch.compile(self.encode, *args, **options)
 
     def _encode(self, *given: Tensor) -> Features:
-        return (self._compiled_encode or self.encode)(*given)
+        if self._compiled_encode is None:
+            return self.encode(*given)
+        with warnings.catch_warnings():  # the compiler asks embeddings made outside for a gradient
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            return self._compiled_encode(*given)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled belongs to this very tower: its copy would go on computing with it.
@@ -301,19 +298,6 @@ class TextTower(TowerModule):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile `encode` in place, for any number of texts of any length."""
         super().compile(*args, **{"dynamic": True, **options})
-
-
-def _hold_statistics(norm: _BatchNorm, _: Any) -> None:
-    """Have a forward pass that only repeats one leave the running statistics as they are."""
-    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    if again and norm.training:
-        norm.__dict__["held"] = norm.momentum, norm.num_batches_tracked
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-
-
-def _release_statistics(norm: _BatchNorm, *_: Any) -> None:
-    if held := norm.__dict__.pop("held", None):
-        norm.momentum, norm.num_batches_tracked = held
 
 
 def _widen(tokens: Float[Tensor, "batch tokens width"], length: int) -> Tensor:
