@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align.bundle import load, push_to_hub, save
+    from align.interop import export
     from align.losses import InfoNCE
     from align.model import DualEncoder, DualEncoderConfig, Tower
     from align.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "InfoNCE",
     "Tokenizer",
     "Tower",
+    "export",
     "load",
     "push_to_hub",
     "save",
@@ -36,6 +38,7 @@ _HOMES = {
     "InfoNCE": "align.losses",
     "Tokenizer": "align.tokenizer",
     "Tower": "align.model",
+    "export": "align.interop",
     "load": "align.bundle",
     "push_to_hub": "align.bundle",
     "save": "align.bundle",

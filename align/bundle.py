@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
-from align import hub
+from align import hub, interop
 from align.card import Result, merged, model_card, with_results
 from align.folders import damage, whole_folder
 from align.model import DualEncoder, DualEncoderConfig
@@ -85,16 +85,21 @@ def save(
 def load(path: Path | str) -> DualEncoder:
     """Load a bundle from a folder, or from the Hugging Face hub by its id, ready to encode.
 
+    Models of OpenCLIP and Hugging Face are read too (`align.interop.read_foreign`).
+
     A bundle is data: where there is code, a pickle or a link that leads elsewhere in the folder,
     or the configuration asks for any of them, nothing of it is read (`align.trust`).
 
     Args:
         path: a folder that `save` wrote, or a hub id such as `someone/some-model` (which
-            `hub:someone/some-model` is, whatever folders there are here).
+            `hub:someone/some-model` is, whatever folders there are here); or
+            `open_clip:NAME@TAG`, `hf:OWNER/NAME`, a folder in OpenCLIP's or Hugging Face's format.
 
     Raises:
         ValueError: there is no bundle, it is refused, or it is damaged.
     """
+    if interop.is_foreign(path):
+        return interop.read_foreign(path)
     folder = hub.find(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} is no bundle: it has no config.json")
@@ -198,6 +203,8 @@ def fingerprint(path: Path | str) -> str:
     Raises:
         ValueError: there is no bundle.
     """
+    if interop.is_foreign(path):
+        raise ValueError(f"{path} is no bundle; `align import {path} FOLDER` makes one of it")
     folder = hub.find(path)
     digest = hashlib.sha256()
     for name in _NEEDED:

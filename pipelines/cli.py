@@ -55,6 +55,12 @@ VERBS: dict[str, Verb] = {
         schemas.EvaluateConfig, "pipelines.evaluate:run", "classification and retrieval"
     ),
     "fuse": Verb(schemas.FuseConfig, "pipelines.fuse:run", "compare fusion heads"),
+    "export": Verb(
+        schemas.ExportConfig, "pipelines.export:run", "a bundle for OpenCLIP, Hugging Face, ONNX"
+    ),
+    "import": Verb(
+        schemas.ImportConfig, "pipelines.importing:run", "a model of OpenCLIP or Hugging Face"
+    ),
 }
 
 _USAGE = """usage: align VERB [CONFIG.yaml] [VALUE ...] [key.path=value ...]

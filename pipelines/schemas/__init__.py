@@ -8,6 +8,7 @@ from pipelines.schemas.demo import DEMO_TASKS, DemoConfig
 from pipelines.schemas.doctor import DoctorConfig
 from pipelines.schemas.evaluation import EvaluateConfig, FuseConfig, HeadConfig, TaskConfig
 from pipelines.schemas.inspect import InspectConfig
+from pipelines.schemas.interop import ExportConfig, ImportConfig
 from pipelines.schemas.training import ModelConfig, PretrainConfig
 from pipelines.schemas.use import EmbedConfig, IndexConfig, SearchConfig
 
@@ -17,8 +18,10 @@ __all__ = [
     "DoctorConfig",
     "EmbedConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FuseConfig",
     "HeadConfig",
+    "ImportConfig",
     "IndexConfig",
     "InspectConfig",
     "ModelConfig",

@@ -1,0 +1,46 @@
+"""`align import`: a model of OpenCLIP or Hugging Face as a bundle; `import` names no module."""
+
+from pathlib import Path
+
+from align.bundle import save
+from align.interop import read_foreign, refuse_to_replace
+from align.model import DualEncoder
+from pipelines import run_folder
+from pipelines.schemas import ImportConfig
+
+
+def run(config: ImportConfig) -> int:
+    """Read the model, write the bundle, say what it is."""
+    refuse_to_replace(config.out, overwrite=config.overwrite)  # before a model is fetched
+    if config.out.resolve() == Path(config.source).resolve():
+        raise ValueError(f"{config.out} is the model itself; choose another folder")
+    model = read_foreign(config.source)
+    with run_folder.locked_beside(config.out):
+        save(model, config.out, provenance={"imported": config.source})
+    print(f"{config.out}: {describe(model)}")
+    return 0
+
+
+def describe(model: DualEncoder) -> str:
+    """A model in some lines."""
+    config, tokenizer = model.config, model.tokenizer
+    parameters = {
+        side: sum(weight.numel() for weight in tower.parameters()) / 1e6
+        for side, tower in (("image", model.image), ("text", model.text))
+    }
+    scale, bias = float(model.logit_scale.exp()), float(model.logit_bias)
+    return (
+        f"{config.dim} dimensions\n"
+        f"  image   {model.image.name}, {parameters['image']:.1f} M parameters, "
+        f"pictures of {config.image_size} px ({config.fit})\n"
+        f"  text    {model.text.name}, {parameters['text']:.1f} M parameters, "
+        f"{tokenizer.context_length} tokens at most\n"
+        f"  tokens  {len(tokenizer):,} entries, texts cleaned: {tokenizer.clean}\n"
+        f"  logits  {scale:.4g} x cosine {bias:+.4g}"
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main_of
+
+    main_of("import")
