@@ -18,7 +18,6 @@ from torch import Tensor
 from align.encoders.tower import TowerModule
 from align.model import DualEncoder
 from align.model import Tower as Recipe
-from align.tokenizer import Tokenizer
 
 _LAYERS = ("encoder.layers.", "transformer.resblocks.")
 _LAYER = (
@@ -148,7 +147,7 @@ def _converted(model: DualEncoder, convert: Any) -> DualEncoder:
         ("image", model.image, model.config.image),
         ("text", model.text, model.config.text),
     ):
-        new: _Converted | None = convert(name, tower, model.tokenizer)
+        new: _Converted | None = convert(name, tower, model)
         anything |= new is not None
         kept = Recipe(tower.name, tower.recipe())
         new = new or _Converted(kept, dict(tower.state_dict()))
@@ -166,7 +165,7 @@ def _converted(model: DualEncoder, convert: Any) -> DualEncoder:
     return converted.to(model.device).train(model.training)
 
 
-def _in_open_clip_names(name: str, tower: TowerModule, _: Tokenizer) -> _Converted | None:
+def _in_open_clip_names(name: str, tower: TowerModule, model: DualEncoder) -> _Converted | None:
     side = _SIDES[name]
     settings: Any = getattr(tower.body, "config", None)
     if not tower.name.startswith("hf:") or settings.model_type != side.model_type:
@@ -190,7 +189,7 @@ def _in_open_clip_names(name: str, tower: TowerModule, _: Tokenizer) -> _Convert
     activation = dict(_ACTIVATIONS[settings.hidden_act])
     quick = activation.pop("quick_gelu", False)
     config = {
-        "embed_dim": settings.projection_dim,
+        "embed_dim": model.config.dim,
         "quick_gelu": quick,
         side.section: section | activation,
     }
@@ -201,7 +200,7 @@ def _in_open_clip_names(name: str, tower: TowerModule, _: Tokenizer) -> _Convert
     )
 
 
-def _in_huggingface_names(name: str, tower: TowerModule, tokenizer: Tokenizer) -> _Converted | None:
+def _in_huggingface_names(name: str, tower: TowerModule, model: DualEncoder) -> _Converted | None:
     if not tower.name.startswith("open_clip:"):
         return None
     from open_clip import CLIPTextCfg, CLIPVisionCfg
@@ -218,12 +217,12 @@ def _in_huggingface_names(name: str, tower: TowerModule, tokenizer: Tokenizer) -
         "intermediate_size": int(section.width * section.mlp_ratio),
         "hidden_act": _activation(section.act_kwargs, quick, tower.name),
         "layer_norm_eps": (section.norm_kwargs or {}).get("eps", 1e-5),
-        "projection_dim": config["embed_dim"],
+        "projection_dim": model.config.dim,
     }
     if name == "image":
         settings["num_attention_heads"] = section.width // section.head_width
     else:
-        settings["bos_token_id"] = tokenizer.backend.bos_token_id
+        settings["bos_token_id"] = model.tokenizer.backend.bos_token_id
         last = section.vocab_size - 1
         settings["eos_token_id"] = section.eos_id if section.pool_type == "eos" else last
     pooled = {"pooling": "native"} if name == "image" else {"pooler": "native"}

@@ -104,19 +104,17 @@ def read_tokenizer(source: str, *, positions: int) -> Tokenizer:
     Raises:
         ValueError: there is none that can be read.
     """
-    tokenizer = Tokenizer.load(source, context_length=positions)
-    if len(tokenizer) <= len(set(tokenizer.backend.all_special_tokens)):
-        # What transformers makes of a folder that has no vocabulary.
-        raise ValueError(
-            f"{source} has no tokenizer: write its files (tokenizer.json, tokenizer_config.json) "
-            "into the folder"
-        )
+    name = Path(source).resolve() if Path(source).is_dir() else source  # a folder may be "clip"
+    tokenizer = Tokenizer.load(name, context_length=positions)
     tokenizer.context_length = min(positions, tokenizer.backend.model_max_length)
     return tokenizer
 
 
 def write_processor(model: DualEncoder, folder: Path, *, family: str, masked: bool) -> None:
     """Write tokenizer, image processor and processor as `AutoProcessor` and its kin read them.
+
+    Texts are cut where ours are; where padding counts (SigLIP), they are cut and padded to the
+    length that the tower was trained with, be the context of ours shorter.
 
     Args:
         model: whose pictures and texts they are.
@@ -127,7 +125,7 @@ def write_processor(model: DualEncoder, folder: Path, *, family: str, masked: bo
     tokenizer = _with_cleaning(model.tokenizer)
     backend = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=model.config.context_length,
+        model_max_length=model.text.fixed_length or model.config.context_length,
         padding_side="right",
         truncation_side="right",
         model_input_names=["input_ids", "attention_mask"] if masked else ["input_ids"],
