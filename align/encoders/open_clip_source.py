@@ -10,11 +10,15 @@ from typing import Any
 
 import huggingface_hub
 import open_clip
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whatever client the hub uses
+)
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.factory import parse_model_name
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 
+from align.encoders.reach import hub_if_it_answers
 from align.encoders.tower import near
 from align.folders import damage
 
@@ -83,7 +87,11 @@ def build_model(source: Source) -> Any:
     for section in ("vision_cfg", "text_cfg"):
         config[section].pop("output_tokens", None)
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-    with one_line(f"open_clip:{source.name} could not be made from its configuration"):
+    hub = str(config["text_cfg"]["hf_model_name"]) if hugging_face else "."
+    with (
+        hub_if_it_answers(hub) as silence,
+        one_line(f"open_clip:{source.name} could not be made from its configuration{silence}"),
+    ):
         model: Any = (kind if custom else open_clip.CLIP)(**config)
     if source.weights is not None:
         with one_line(f"{source.weights} does not fit open_clip:{source.name}"):
@@ -112,17 +120,13 @@ def _find_architectures(config: dict[str, Any], folder: Path) -> None:
         ("vision_cfg", "timm_model_name", "local-dir:"),
     ):
         told = str(config[section].get(key) or "")
-        if not told.startswith(prefix or "/"):
-            continue
         here = folder / Path(told.removeprefix(prefix)).name
-        if not Path(told.removeprefix(prefix)).is_dir() and (here / "config.json").is_file():
+        if told.startswith(prefix or "/") and (here / "config.json").is_file():
             config[section][key] = f"{prefix}{here}"
 
 
 def _from_hub(name: str, weights: str | bool) -> Source:
-    with one_line(f"hf-hub:{name} could not be read from the hub"):
-        path = Path(huggingface_hub.hf_hub_download(name, HF_CONFIG_NAME))
-    config, preprocess = _read_config(path)
+    config, preprocess = _read_config(_download(name, HF_CONFIG_NAME))
     found = None if weights is False else weights
     if found is True:
         found = _download(name, HF_SAFE_WEIGHTS_NAME)
@@ -142,27 +146,29 @@ def _built_in(name: str, weights: str | bool) -> Source:
     preprocess = asdict(PreprocessCfg())
     if weights is False:
         return Source(name, config, preprocess)
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights is True:
-        example = f"{name}@{tags[0]}" if tags else "local-dir:FOLDER"
+    quick = bool(config.get("quick_gelu", False))
+    other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+    tags = {
+        tag: bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)) == quick
+        # Where a model has no such sibling, it is right as it is.
+        or other == name
+        or other not in open_clip.list_models()
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    }
+    fitting = [tag for tag, fits in tags.items() if fits]
+    known = {} if weights is True else open_clip.get_pretrained_cfg(name, weights)
+    if known and not tags.get(str(weights).lower().replace("-", "_"), True):
         raise ValueError(
-            f"open_clip:{name} is an architecture; say which weights, as in {example} "
-            f"(tags: {', '.join(tags) or 'none'})"
-        )
-    known = open_clip.get_pretrained_cfg(name, weights)
-    if not known:
-        if Path(weights).suffix:
-            return Source(name, config, preprocess, _file(weights))
-        raise ValueError(
-            f"open_clip:{name} has no weights {weights!r}{near(weights, tags)}; "
-            f"tags: {', '.join(tags) or 'none'}"
-        )
-    quick = bool(known.get("quick_gelu", False))
-    if quick != bool(config.get("quick_gelu", False)):
-        other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-        raise ValueError(
-            f"the weights {weights} were trained {'with' if quick else 'without'} QuickGELU, "
+            f"the weights {weights} were trained with{'out' if quick else ''} QuickGELU, "
             f"open_clip:{name} computes otherwise: take {other}@{weights}"
+        )
+    if not known:
+        if isinstance(weights, str) and Path(weights).suffix:
+            return Source(name, config, preprocess, _file(weights))
+        what = "is an architecture; say which weights" if weights is True else f"has no {weights!r}"
+        raise ValueError(
+            f"open_clip:{name} {what}{near(str(weights), fitting)}, as in {name}@TAG "
+            f"(tags: {', '.join(fitting) or 'none'})"
         )
     preprocess = merge_preprocess_dict(preprocess, known)
     owner, _, filename = str(known.get("hf_hub", "")).rpartition("/")
@@ -174,8 +180,13 @@ def _built_in(name: str, weights: str | bool) -> Source:
 
 
 def _download(name: str, filename: str) -> Path:
-    with one_line(f"{filename} of hf-hub:{name} could not be fetched (pickles are never loaded)"):
-        return Path(huggingface_hub.hf_hub_download(name, filename))
+    with hub_if_it_answers(name) as silence:
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, filename))
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"hf-hub:{name}: {filename} could not be fetched ({damage(error)}{silence})"
+            ) from error
 
 
 def _file(weights: str) -> Path:
@@ -224,7 +235,7 @@ def one_line(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ArithmeticError, LookupError, SafetensorError) as error:
+    except (HTTPError, OSError, LookupError, SafetensorError) as error:
         raise ValueError(f"{what}: {damage(error)}") from error
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{what}: {damage(error)}") from error
