@@ -10,6 +10,7 @@ from torch import nn
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, cosine_factor, parameter_groups, set_learning_rate
+from align.parameters import Rule, how_it_learns, named
 
 MODELS = {
     "resnet and bert": {},
@@ -53,6 +54,54 @@ def test_matrices_and_tables_decay_gains_biases_and_temperature_do_not(name):
         muon = decays and id(parameter) not in tables
         assert group["use_fallback"] == (not muon), key
     assert group_of[id(objective.loss.logit_scale)]["weight_decay"] == 0
+
+
+def test_groups_of_a_rule_learn_at_their_share_of_the_rate():
+    objective = ContrastiveObjective(tiny_model(), InfoNCE())
+    rules = [
+        Rule("text.*", rate=0.1),
+        Rule("image.*", rate=0.0),
+        Rule("*.bias", weight_decay=0.7),
+        Rule("text_projection.*", rate=2.0, weight_decay=0.0),
+    ]
+    learning = how_it_learns(objective, rules, weight_decay=0.3)
+    groups = parameter_groups(objective, rules=rules, weight_decay=0.3)
+    names = {id(parameter): name for name, parameter in named(objective).items()}
+    listed = [(names[id(one)], group) for group in groups for one in group["params"]]
+    assert {name for name, _ in listed} == {name for name, one in learning.items() if one.rate}
+    assert len(listed) == len({name for name, _ in listed})
+    assert not any(name.startswith("image.") for name, _ in listed)
+    for name, group in listed:
+        one = learning[name]
+        assert (group["rate"], group["weight_decay"]) == (one.rate, one.weight_decay)
+        assert group["use_fallback"] == (one.kind != "matrix")
+    optimizer = build_optimizer("adamw", groups, learning_rate=0.2)
+    assert {group["rate"]: group["lr"] for group in optimizer.param_groups} == {
+        rate: pytest.approx(0.2 * rate) for rate in (0.1, 1.0, 2.0)
+    }
+    set_learning_rate(optimizer, 0.05)
+    set_learning_rate(optimizer, 0.05)
+    assert {group["rate"]: group["lr"] for group in optimizer.param_groups} == {
+        rate: pytest.approx(0.05 * rate) for rate in (0.1, 1.0, 2.0)
+    }
+
+
+def test_a_step_of_sgd_goes_as_far_as_the_rate_says():
+    module = nn.Linear(3, 3)
+    groups = parameter_groups(module, rules=[Rule("bias", rate=0.25)], weight_decay=0.0)
+    optimizer = build_optimizer("sgd", groups, learning_rate=1.0, momentum=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    module(torch.eye(3)).sum().backward()
+    optimizer.step()
+    for name, share in (("weight", 1.0), ("bias", 0.25)):
+        parameter = module.get_parameter(name)
+        assert parameter.grad is not None
+        torch.testing.assert_close(before[name] - parameter.detach(), share * parameter.grad)
+
+
+def test_nothing_to_optimise_is_said():
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        build_optimizer("adamw", [], learning_rate=0.1)
 
 
 def test_empty_groups_are_left_out():
