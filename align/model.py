@@ -90,7 +90,7 @@ class DualEncoder(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.image = build_image_tower(
-            config.image.name, image_size=config.image_size, **config.image.options
+            config.image.name, **{"image_size": config.image_size, **config.image.options}
         )
         if self.image.picture_size not in {None, config.image_size}:
             raise ValueError(

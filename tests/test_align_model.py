@@ -103,7 +103,7 @@ def test_an_image_tower_has_the_width_it_declares(name):
 def test_a_picture_size_that_a_tower_does_not_take_is_told():
     image_tower("resnet10t").check_size(48)
     image_tower("vit_tiny_patch16_224").check_size(32)
-    with pytest.raises(ValueError, match=r"does not take pictures of 48 px .*img_size"):
+    with pytest.raises(ValueError, match=r"does not take pictures of 48 px .*model.image_size"):
         image_tower("vit_tiny_patch16_224").check_size(48)
 
 

@@ -17,7 +17,7 @@ from align.encoders.huggingface import (
     pools,
 )
 from align.encoders.pooling import NATIVE, build_image_pooler
-from align.encoders.tower import Features, ImageTower
+from align.encoders.tower import Features, ImageTower, refuse_small
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -83,6 +83,7 @@ class HuggingFaceImageEncoder(ImageTower):
         self.name = f"hf:{name}"
         self.own = {"pooling": pooling, "attention": attention}
         self.picture_size = _built_for(self.vision)
+        refuse_small(self.name, self.picture_size, getattr(settings, "patch_size", None))
 
     @property
     def body(self) -> nn.Module:
@@ -121,6 +122,8 @@ def _prune(vision: Any, *, pooling: str, name: str) -> None:
     Raises:
         ValueError: the architecture does not go with the pooling.
     """
+    if vision.main_input_name != "pixel_values":
+        raise ValueError(f"hf:{name} is no image tower: it takes {vision.main_input_name}")
     names = [key for key, _ in vision.named_parameters()]
     for part in vision.modules():
         if isinstance(getattr(part, "mask_token", None), nn.Parameter):

@@ -52,10 +52,18 @@ def _local_tower(folder: Path, side: str, options: dict[str, Any]) -> Any:
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: holds no settings")
     if "model" in config and "format" in config:
         refuse_intruders(folder)
         refuse_calls(folder)
-        return _from_bundle(folder, config["model"][side], side, options)
+        try:
+            recipe = {"name": config["model"][side]["name"], **config["model"][side]["options"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'config.json'}: tells of no {side} tower ({error})"
+            ) from error
+        return _from_bundle(folder, recipe, side, options)
     if "architecture" in config and side == "image":
         return build(f"timm:local-dir:{folder}", **{"pretrained": True, **options})
     if "model_type" in config:
@@ -65,9 +73,12 @@ def _local_tower(folder: Path, side: str, options: dict[str, Any]) -> Any:
 
 def _from_bundle(folder: Path, recipe: dict[str, Any], side: str, options: dict[str, Any]) -> Any:
     """The tower of a bundle, built by its recipe and given its weights."""
-    options = {key: value for key, value in options.items() if key == "image_size"}
+    # The model around it tells each tower of its pictures or tokenizer; these have theirs.
+    if unknown := sorted(options.keys() - {"image_size", "vocabulary", "pretrained"}):
+        raise ValueError(f"local:{folder} is a bundle, which has no option {unknown[0]!r}")
+    size = {"image_size": options["image_size"]} if options.get("image_size") else {}
     build = build_image_tower if side == "image" else build_text_tower
-    tower = build(recipe["name"], **{**recipe["options"], **options})
+    tower = build(recipe.pop("name"), **{**recipe, **size})
     weights: dict[str, torch.Tensor] = {}
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from align.encoders.open_clip_source import build_model, find_source, one_line
 from align.encoders.timm_tower import as_tokens, built_for, timm_groups
-from align.encoders.tower import Features, ImageTower, TextTower, Vocabulary, near
+from align.encoders.tower import (
+    Features,
+    ImageTower,
+    TextTower,
+    Vocabulary,
+    near,
+    refuse_small,
+)
 
 
 def _section(config: dict[str, Any], key: str, kind: type, options: dict[str, Any]) -> Any:
@@ -96,6 +103,7 @@ class OpenCLIPImageEncoder(ImageTower):
             self.picture_size = built_for(visual.trunk)
         else:
             self.picture_size = max(to_2tuple(visual.image_size))
+            refuse_small(self.name, self.picture_size, getattr(visual, "patch_size", None))
         if isinstance(visual, VisionTransformer):
             visual.proj = None
             visual.output_tokens = True

@@ -1,7 +1,10 @@
 """Image towers from timm: any of its backbones, without the classifier."""
 
 import json
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from align.encoders.pooling import NATIVE, build_image_pooler
 from align.encoders.reach import hub_if_it_answers
-from align.encoders.tower import Features, ImageTower, first_line, near
+from align.encoders.tower import Features, ImageTower, first_line, near, refuse_small
 
 WEIGHTS = "model.safetensors"
 
@@ -57,6 +60,8 @@ class TimmImageEncoder(ImageTower):
         self.width: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.token_width: int = backbone.num_features if pooling == NATIVE else self.width
         self.picture_size = built_for(backbone)
+        patches = getattr(backbone, "patch_embed", None)
+        refuse_small(self.name, self.picture_size, getattr(patches, "patch_size", None))
         if pooling == NATIVE:
             return
         if pooling == "cls" and not getattr(backbone, "num_prefix_tokens", 0):
@@ -117,17 +122,21 @@ def _create(
     """Timm's own factory, with its mistakes told in one line; and the options it was given."""
     for key in options.keys() & _NOT_OURS.keys():
         raise ValueError(f"timm:{name} does not take {key!r} here: {_NOT_OURS[key]}")
+    if pooling == NATIVE and options.get("global_pool") == "":
+        raise ValueError(f"timm:{name} without a global_pool needs another pooling than {NATIVE}")
     kind, _, place = name.rpartition(":")
     asks_the_hub = kind == "hf-hub" or (pretrained and not kind)
     with hub_if_it_answers(place if asks_the_hub else ".") as silence:
-        options, fixed = _known(name, pretrained, options, silence)
+        saved, fixed = _known(name, pretrained, silence)
+        options = {**saved, **options}
         if image_size and fixed:
             options = {"img_size": image_size, **options}
         own = {} if pooling == NATIVE else {"global_pool": ""}
         try:
-            made = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, **{**options, **own}
-            )
+            with _not_loaded() as missing:
+                made: Any = timm.create_model(
+                    name, pretrained=pretrained, num_classes=0, **{**options, **own}
+                )
         except TypeError as error:
             raise ValueError(f"timm:{name} does not take these options: {error}") from error
         except Exception as error:  # each way to weights has errors of its own
@@ -136,13 +145,36 @@ def _create(
                 + (" with its weights" if pretrained else "")
                 + f": {first_line(error)}{silence}"
             ) from error
+    if missing:  # timm is content with what there is; options may add weights, the rest must be
+        plain: Any = timm.create_model(made.default_cfg["architecture"], num_classes=0, **saved)
+        if lost := sorted(missing & plain.state_dict().keys()):
+            raise ValueError(f"timm:{name}: its weights lack {lost[0]!r} and {len(lost) - 1} more")
     return made, {key: value for key, value in options.items() if key not in _NO_PART_OF_IT}
 
 
-def _known(
-    name: str, pretrained: bool, options: dict[str, Any], silence: str
-) -> tuple[dict[str, Any], bool]:
-    """The options of an architecture, or of what was published; whether it has a fixed size."""
+@contextmanager
+def _not_loaded() -> Iterator[set[str]]:
+    """Names of the weights that timm finds none for in a `with` block; it only logs them."""
+    found: set[str] = set()
+
+    def note(record: logging.LogRecord) -> bool:
+        if told := re.match(r"Missing keys \((.*?)\)", record.getMessage()):
+            found.update(told[1].split(", "))
+        return record.levelno >= before
+
+    builder = logging.getLogger("timm.models._builder")
+    before, level = builder.getEffectiveLevel(), builder.level
+    builder.addFilter(note)
+    builder.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        builder.setLevel(level)
+        builder.removeFilter(note)
+
+
+def _known(name: str, pretrained: bool, silence: str) -> tuple[dict[str, Any], bool]:
+    """What options something published was made with; whether pictures have a fixed size."""
     kind, _, place = name.rpartition(":")
     if not kind:
         if not timm.is_model(name):
@@ -154,7 +186,7 @@ def _known(
             known = timm.get_pretrained_cfg(name, allow_unregistered=True)
         except RuntimeError as error:
             raise ValueError(f"timm:{name}: {first_line(error)}") from error
-        return options, bool(known and known.fixed_input_size)
+        return {}, bool(known and known.fixed_input_size)
     if kind == "hf-hub":
         try:
             published, _, arguments = timm.models.load_model_config_from_hf(place)
@@ -167,7 +199,7 @@ def _known(
     else:
         raise ValueError(f"timm:{name}: {kind}: is neither local-dir: nor hf-hub:")
     wanted = {key: value for key, value in (arguments or {}).items() if key not in _NOT_OURS}
-    return {**wanted, **options}, bool(published.get("fixed_input_size"))
+    return wanted, bool(published.get("fixed_input_size"))
 
 
 def _in_folder(folder: Path, pretrained: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -191,8 +191,8 @@ class ImageTower(TowerModule):
                 self.eval()(zeros.to(self.pixel_mean.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"the image tower does not take pictures of {size} px ({first_line(error)}); "
-                f"add model.image.options.img_size={size}, or choose another model.image_size"
+                f"{self.name} does not take pictures of {size} px ({first_line(error)}); "
+                "choose another model.image_size"
             ) from error
         finally:
             self.train(training)
@@ -329,6 +329,17 @@ def _blocks(module: nn.Module) -> list[str]:
 
 def _within(module: nn.Module, name: str) -> list[str]:
     return [f"{name}.{key}" for key, _ in module.get_submodule(name).named_parameters()]
+
+
+def refuse_small(name: str, size: int | None, patch: Any) -> None:
+    """See whether a picture holds a patch: without one, a class token would be all there is.
+
+    Raises:
+        ValueError: it does not.
+    """
+    sides = patch if isinstance(patch, Sequence) else [patch]
+    if size is not None and patch is not None and size < max(sides):
+        raise ValueError(f"{name}: pictures of {size} px are smaller than a patch, {max(sides)} px")
 
 
 @contextmanager
