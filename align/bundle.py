@@ -245,7 +245,8 @@ def record_results(folder: Path | str, results: Iterable[Result]) -> None:
         try:
             if path.exists():
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                old = kept["results"] if kept["bundle"] == of else []
+                old, weights = kept["results"], kept["bundle"]
+                old = old if weights == of else []
             rows = merged(old, [result.to_json() for result in results])
             text = with_results(card.read_bytes() if card.exists() else b"", rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
