@@ -21,8 +21,12 @@ from align.encoders.tower import first_line, near
 
 ATTENTION = ("auto", "sdpa", "eager")
 """How attention is computed: fused where the architecture can, fused, or step by step."""
-_NOT_AUTOMATIC = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
-"""Models that `AutoModel` leaves out, by their type."""
+_NOT_AUTOMATIC = {
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "m2m_100": "M2M100Model",  # NLLB, the text side of some models of OpenCLIP's
+}
+"""Models, by their type, that `AutoModel` or, for encoders alone, its sibling leaves out."""
 
 
 def configuration(
