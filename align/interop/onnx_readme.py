@@ -37,20 +37,21 @@ names and numbers.
 {note}"""
 _CODE = """\
 import json
-{clean[imports]}
+{clean[imports]}from pathlib import Path
+
 import numpy as np
 import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
-config = json.load(open("config.json"))
+config = json.loads(Path("config.json").read_text())
 image, text = (onnxruntime.InferenceSession(f"{{side}}.onnx") for side in ("image", "text"))
 tokenizer = Tokenizer.from_file("tokenizer/tokenizer.json")
 tokenizer.enable_truncation(config["text"]["context_length"])
 tokenizer.enable_padding(pad_id=config["text"]["pad_id"], pad_token=config["text"]["pad_token"])
 
 labels = ["a red square", "a blue circle"]
-texts = [{clean[code]} for text in labels]
+texts = [{clean[code]} for label in labels]
 encoded = tokenizer.encode_batch(texts)
 ids = np.array([one.ids for one in encoded], np.int64)
 mask = np.array([one.attention_mask for one in encoded], bool)
@@ -76,15 +77,15 @@ _FIT = {
     ),
     "squash": "picture = picture.resize((side, side), Image.Resampling.BICUBIC)",
 }
-_UNESCAPED = '" ".join(html.unescape(html.unescape(text)).split())'
+_UNESCAPED = '" ".join(html.unescape(html.unescape(label)).split())'
 _CLEAN = {
-    "none": {"imports": "", "code": "text"},
+    "none": {"imports": "", "code": "label"},
     "whitespace": {"imports": "import html\n", "code": _UNESCAPED},
     "lower": {"imports": "import html\n", "code": f"{_UNESCAPED}.lower()"},
     "canonicalize": {
         "imports": "import html\nimport string\n",
         "code": (
-            '" ".join(html.unescape(html.unescape(text)).replace("_", " ")'
+            '" ".join(html.unescape(html.unescape(label)).replace("_", " ")'
             '.translate(str.maketrans("", "", string.punctuation)).lower().split())'
         ),
     },
