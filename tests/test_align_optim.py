@@ -89,7 +89,7 @@ def test_groups_of_a_rule_learn_at_their_share_of_the_rate():
 def test_a_step_of_sgd_goes_as_far_as_the_rate_says():
     module = nn.Linear(3, 3)
     groups = parameter_groups(module, rules=[Rule("bias", rate=0.25)], weight_decay=0.0)
-    optimizer = build_optimizer("sgd", groups, learning_rate=1.0, momentum=0.0)
+    optimizer = build_optimizer("sgd", groups, learning_rate=1.0, momentum=0.0, nesterov=False)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     module(torch.eye(3)).sum().backward()
     optimizer.step()
