@@ -183,6 +183,7 @@ def test_what_was_read_is_written_with_no_weight_changed(kind, tmp_path):
         assert torch.equal(value, weights[name]), name
 
 
+SIGLIP_TEXT: dict[str, Any] = {"layers": 2, "width": 18, "heads": 3, "context_length": 16}
 MODELS: dict[str, Any] = {
     "clip": (CLIP, {}, "CLIPModel"),
     "open_clip": (
@@ -200,6 +201,33 @@ MODELS: dict[str, Any] = {
     "siglip": (SIGLIP, {"dim": 24, "fit": "squash"}, "SiglipModel"),
     "siglip, longer head": (
         (SIGLIP[0], Tower("hf:siglip_text_model", SIGLIP[1].options, "affine")),
+        {"dim": 24},
+        "SiglipModel",
+    ),
+    "siglip of timm and open_clip": (
+        (
+            Tower(
+                "timm:vit_base_patch16_siglip_224",
+                {**TINY_VIT, "patch_size": 8, "depth": 2},
+                "none",
+            ),
+            Tower("open_clip:ViT-B-16-SigLIP", SIGLIP_TEXT, "affine"),
+        ),
+        {"dim": 24, "fit": "squash"},
+        "SiglipModel",
+    ),
+    "siglip of timm and open_clip, other activations": (
+        (
+            Tower(
+                "timm:vit_so400m_patch14_siglip_224", {**TINY_VIT, "act_layer": "gelu_tanh"}, "none"
+            ),
+            Tower("open_clip:ViT-B-16-SigLIP2", {**SIGLIP_TEXT, "width": 24}, "none"),
+        ),
+        {"dim": 24},
+        "SiglipModel",
+    ),
+    "siglip's texts of open_clip": (
+        (SIGLIP[0], Tower("open_clip:ViT-B-16-SigLIP", SIGLIP_TEXT, "linear")),
         {"dim": 24},
         "SiglipModel",
     ),
@@ -262,6 +290,34 @@ def test_a_model_of_ours_gives_its_logits_in_transformers(name, tmp_path):
     assert again.config.fit == model.config.fit
     for key, values in model.image.statistics.items():
         assert again.image.statistics[key] == pytest.approx(values)
+
+
+def test_a_first_token_keeps_its_length_too(tmp_path):
+    model = ours(RESNET, BERT)
+    write_huggingface(model, tmp_path / "out")
+    whole = AutoModel.from_pretrained(tmp_path / "out").eval()
+    tokens = model.tokenize(TEXTS)
+    with torch.no_grad():
+        found = whole.get_text_features(tokens.ids, tokens.mask.long()).pooler_output
+        expected = model.text_projection(model.text.pool(tokens.ids, tokens.mask))
+    torch.testing.assert_close(found, expected)
+
+
+def test_siglip_of_timm_and_open_clip_keeps_every_weight(tmp_path):
+    towers, more, _ = MODELS["siglip of timm and open_clip, other activations"]
+    model = ours(*towers, **more)
+    write_huggingface(model, tmp_path / "out")
+    written = AutoModel.from_pretrained(tmp_path / "out")
+    body, settings = model.image.body, written.config
+    matrices = [
+        getattr(written.vision_model.encoder.layers[0].self_attn, f"{p}_proj") for p in "qkv"
+    ]
+    fused = torch.cat([matrix.weight for matrix in matrices])
+    assert torch.equal(fused, body.blocks[0].attn.qkv.weight)
+    assert torch.equal(written.vision_model.head.probe, body.attn_pool.latent)
+    assert settings.vision_config.layer_norm_eps == settings.text_config.layer_norm_eps == 1e-6
+    assert settings.vision_config.hidden_act == "gelu_pytorch_tanh"
+    assert settings.text_config.hidden_act == "gelu_pytorch_tanh"
 
 
 def test_clip_goes_around_by_way_of_open_clip_with_no_weight_changed(tmp_path):
@@ -469,6 +525,11 @@ REFUSED: dict[str, tuple[Tower, Tower, str]] = {
         Tower("hf:siglip_vision_model", VISION),
         SIGLIP[1],
         "image projection 'linear'",
+    ),
+    "siglip with layer scale": (
+        Tower("timm:vit_base_patch16_siglip_224", {**TINY_VIT, "init_values": 0.1}, "none"),
+        Tower("open_clip:ViT-B-16-SigLIP", {"layers": 1, "width": 24, "heads": 2}, "none"),
+        "SigLIP",
     ),
     "siglip's text tower alone": (RESNET, SIGLIP[1], "VisionTextDualEncoderModel"),
     "pooled to a map": (Tower("hf:resnet", {"hidden_sizes": [8, 16], "depths": [1, 1],

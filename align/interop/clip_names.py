@@ -34,7 +34,7 @@ _LAYER = (
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """What is one tower's own: its names, and which fields of the configurations are the same.
 
     Attributes:
@@ -52,8 +52,8 @@ class _Side:
     sizes: tuple[tuple[str, str], ...]
 
 
-_SIDES = {
-    "image": _Side(
+SIDES = {
+    "image": Side(
         "clip_vision_model",
         ("vision.", "visual."),
         "vision_cfg",
@@ -71,7 +71,7 @@ _SIDES = {
             ("patch_size", "patch_size"),
         ),
     ),
-    "text": _Side(
+    "text": Side(
         "clip_text_model",
         ("transformer.", "text."),
         "text_cfg",
@@ -90,6 +90,7 @@ _SIDES = {
         ),
     ),
 }
+"""CLIP's image tower and its text tower."""
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "quick_gelu": {"quick_gelu": True},
     "gelu": {},
@@ -166,7 +167,7 @@ def _converted(model: DualEncoder, convert: Any) -> DualEncoder:
 
 
 def _in_open_clip_names(name: str, tower: TowerModule, model: DualEncoder) -> _Converted | None:
-    side = _SIDES[name]
+    side = SIDES[name]
     settings: Any = getattr(tower.body, "config", None)
     if not tower.name.startswith("hf:") or settings.model_type != side.model_type:
         return None
@@ -205,12 +206,12 @@ def _in_huggingface_names(name: str, tower: TowerModule, model: DualEncoder) -> 
         return None
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
-    side, options = _SIDES[name], tower.recipe()
+    side, options = SIDES[name], tower.recipe()
     config: dict[str, Any] = options["config"]
     kind: Any = CLIPVisionCfg if name == "image" else CLIPTextCfg
     section = kind(**config[side.section])
     quick = config.get("quick_gelu", False)
-    _check_section(section, tower.name, name)
+    check_section(section, tower.name, name)
     settings: dict[str, Any] = {
         "model_type": side.model_type,
         **{ours: getattr(section, theirs) for ours, theirs in side.sizes},
@@ -229,12 +230,17 @@ def _in_huggingface_names(name: str, tower: TowerModule, model: DualEncoder) -> 
     statistics = {key: options[key] for key in ("mean", "std") if key in options}
     return _Converted(
         Recipe(f"hf:{side.model_type}", {"config": settings, **pooled, **statistics}),
-        _split(tower.state_dict(), side),
+        split(tower.state_dict(), side),
     )
 
 
-def _check_section(section: Any, tower: str, side: str) -> None:
+def check_section(section: Any, tower: str, side: str) -> None:
     """See that nothing is set which Hugging Face's CLIP has no word for.
+
+    Args:
+        section: `open_clip.CLIPVisionCfg` or `open_clip.CLIPTextCfg`.
+        tower: its name, for the message.
+        side: `image` or `text`.
 
     Raises:
         ValueError: something is.
@@ -276,7 +282,7 @@ def _ratio(inner: int, width: int) -> float:
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
-def _fused(weights: dict[str, Tensor], side: _Side) -> dict[str, Tensor]:
+def _fused(weights: dict[str, Tensor], side: Side) -> dict[str, Tensor]:
     """From Hugging Face's names to OpenCLIP's; queries, keys and values become one matrix."""
     renamed = dict(_renamed(weights.items(), side, 0))
     parts = {key: value for key, value in renamed.items() if "/" in key}
@@ -286,8 +292,13 @@ def _fused(weights: dict[str, Tensor], side: _Side) -> dict[str, Tensor]:
     return {key: value for key, value in renamed.items() if key not in parts}
 
 
-def _split(weights: dict[str, Tensor], side: _Side) -> dict[str, Tensor]:
-    """From OpenCLIP's names to Hugging Face's; one matrix becomes queries, keys and values."""
+def split(weights: dict[str, Tensor], side: Side) -> dict[str, Tensor]:
+    """From OpenCLIP's names to Hugging Face's; one matrix becomes queries, keys and values.
+
+    Args:
+        weights: of a tower, by name.
+        side: one of `SIDES`.
+    """
     parts: dict[str, Tensor] = {}
     for key, value in weights.items():
         before, fused, kind = key.partition("attn.in_proj_")
@@ -298,7 +309,7 @@ def _split(weights: dict[str, Tensor], side: _Side) -> dict[str, Tensor]:
 
 
 def _renamed(
-    weights: Iterable[tuple[str, Tensor]], side: _Side, source: int
+    weights: Iterable[tuple[str, Tensor]], side: Side, source: int
 ) -> Iterable[tuple[str, Tensor]]:
     """Weights of a tower under the names of the other library.
 

@@ -26,6 +26,7 @@ from align.interop.processors import (
     read_tokenizer,
     write_processor,
 )
+from align.interop.siglip_names import to_siglip
 from align.model import DualEncoder, DualEncoderConfig
 from align.model import Tower as Recipe
 from align.tokenizer import Tokenizer
@@ -162,9 +163,10 @@ def _text_recipe(text: Any, tokenizer: Tokenizer, projection: str) -> Recipe:
 def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
     """Write a model so that transformers opens it, with equal logits; whole or not at all.
 
-    A `CLIPModel` where both towers are CLIP's (OpenCLIP's own too: `align.interop.clip_names`), a
-    `SiglipModel` where both are SigLIP's, else a `VisionTextDualEncoderModel`; with tokenizer,
-    image processor and a README.md that says how to open them.
+    A `CLIPModel` where both towers are CLIP's, a `SiglipModel` where both are SigLIP's, also those of
+    OpenCLIP and timm (`align.interop.clip_names`, `align.interop.siglip_names`), else a
+    `VisionTextDualEncoderModel`; with tokenizer, image processor and a README.md that says how to
+    open them.
 
     Args:
         model: stays as it is.
@@ -174,7 +176,7 @@ def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
         ValueError: a part that Hugging Face's classes cannot say.
     """
     try:
-        model = to_huggingface(model)
+        model = to_huggingface(to_siglip(model))
         family, whole = as_huggingface(model)
         masked = whole.config.text_config.model_type != "siglip_text_model"
         with whole_folder(folder) as beside:
