@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from align.encoders import build_image_tower, build_text_tower
 from align.encoders.tower import Features, Vocabulary
-from align.preprocess import preprocess
+from align.preprocess import FITS, preprocess
 from align.tokenizer import TokenBatch, Tokenizer
 
 
@@ -87,6 +87,8 @@ class DualEncoder(nn.Module):
 
     def __init__(self, config: DualEncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
+        if config.fit not in FITS:
+            raise ValueError(f"unknown fit {config.fit!r}; known: {', '.join(FITS)}")
         self.config = config
         self.tokenizer = tokenizer
         self.image = build_image_tower(
@@ -222,7 +224,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def encode_image(
         self,
-        images: Sequence[Image.Image | Path | str] | UInt8[Tensor, "rows 3 height width"],
+        images: Sequence[Image.Image | Path | str] | UInt8[Tensor, "rows ..."],
         *,
         batch_size: int = 256,
     ) -> Float[Tensor, "rows dim"]:
@@ -232,9 +234,19 @@ class DualEncoder(nn.Module):
             images: PIL pictures of any size and mode, files of pictures, or a uint8 tensor of the
                 model's image size.
             batch_size: pictures at a time.
+
+        Raises:
+            ValueError: one picture, tensors of another size, or no pictures at a time.
         """
         if isinstance(images, Image.Image | Path | str):
             raise ValueError("encode_image takes a list of pictures, not one picture")
+        size = self.config.image_size
+        if isinstance(images, Tensor) and images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"encode_image takes tensors of [rows, 3, {size}, {size}], not {[*images.shape]}; "
+                "pictures of other sizes come as a list"
+            )
+        _check_batch(batch_size)
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(images), batch_size):
@@ -253,9 +265,13 @@ class DualEncoder(nn.Module):
             texts: any strings; what exceeds the context length is cut, and `truncated` of what
                 `tokenize` returns tells of how many.
             batch_size: texts at a time.
+
+        Raises:
+            ValueError: one string, or no texts at a time.
         """
         if isinstance(texts, str):
             raise ValueError("encode_text takes a list of strings, not one string")
+        _check_batch(batch_size)
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(texts), batch_size):
@@ -263,6 +279,11 @@ class DualEncoder(nn.Module):
                 pooled = self.text.pool(tokens.ids, tokens.mask)
                 rows.append(self.project_text(pooled).cpu())
             return torch.cat(rows)
+
+
+def _check_batch(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size={size} must be at least 1")
 
 
 def _linear(width: int, dim: int) -> nn.Module:
