@@ -59,8 +59,7 @@ def save(
         ValueError: the folder holds something else, or a weight is no number.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_bundle(folder)):
-        raise ValueError(f"{folder} is there and is no bundle: choose another place for one")
+    refuse_place(folder)
     config, weights = _self_contained(model), _weights(model)
     with whole_folder(folder) as beside:
         save_file(weights, beside / "model.safetensors")
@@ -80,6 +79,16 @@ def save(
             for name in ("README.md", "results.json"):
                 if (folder / name).is_file():
                     shutil.copy(folder / name, beside / name)
+
+
+def refuse_place(folder: Path) -> None:
+    """See whether a bundle may go there: a folder that `save` would replace is lost.
+
+    Raises:
+        ValueError: something is there that is no bundle.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_bundle(folder)):
+        raise ValueError(f"{folder} is there and is no bundle: choose another place for one")
 
 
 def load(path: Path | str) -> DualEncoder:

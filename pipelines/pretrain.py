@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from align.bundle import refuse_place
 from align.checkpoint import checkpoints, load_state, save_state
 from align.optim import cosine_factor, set_learning_rate
 from eval.results import Report
@@ -43,6 +44,7 @@ def run(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
             refuse_to_mix(config)
+            refuse_place(bundle_of(config))
         training = build(config, accelerator)
         stack.enter_context(training.loader)
         if config.resume:

@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from pairs_corpus import TINY_BERT, TINY_RESNET, TINY_VIT, encoded, picture, tiny_model
-from test_align_model import DISTILBERT
+from safetensors.torch import load_file, save_file
 
 import align
 from align import bundle
 from align.bundle import fingerprint, load, save
+from align.model import DualEncoder, DualEncoderConfig, Tower
+from align.tokenizer import Tokenizer
 
 TEXTS = ["red circle", "a much longer text: purple frame, yellow dot", ""]
 _FRESH = """
@@ -54,6 +58,13 @@ def test_a_fresh_process_gets_the_same_embeddings(model, saved, tmp_path):
     assert torch.equal(texts, model.encode_text(TEXTS))
 
 
+DISTILBERT = {
+    "dim": 32,
+    "n_layers": 1,
+    "n_heads": 2,
+    "hidden_dim": 48,
+    "max_position_embeddings": 24,
+}
 TOWERS = [
     ("timm:resnet10t", {**TINY_RESNET, "mean": [1 / 3, 0.48145466, 0.1], "std": [0.7, 0.2, 1 / 7]}),
     ("timm:vit_tiny_patch16_224", TINY_VIT),
@@ -119,6 +130,174 @@ def test_card_and_provenance_are_kept(model, tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["provenance"] == {"data": "abc"}
 
 
+def test_the_temperature_is_part_of_the_model(tmp_path):
+    model: Any = tiny_model()
+    model.logit_scale.fill_(3.25)
+    model.logit_bias.fill_(-1.5)
+    save(model, tmp_path / "b")
+    other = load(tmp_path / "b")
+    assert (other.logit_scale.item(), other.logit_bias.item()) == (3.25, -1.5)
+
+
+def test_how_texts_are_cleaned_is_part_of_the_bundle(tmp_path):
+    model = tiny_model()
+    model.tokenizer.clean = "lower"
+    save(model, tmp_path / "b")
+    assert load(tmp_path / "b").tokenizer.clean == "lower"
+
+
+def test_everybody_who_reads_one_file_reads_all(saved):
+    modes = {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()}
+    assert modes == {(saved / "config.json").stat().st_mode & 0o777}
+
+
+def test_weights_with_two_names_are_saved_under_both(tmp_path):
+    model: Any = tiny_model()
+    blocks = model.image.backbone
+    blocks.layer2[0].bn1.weight = blocks.layer1[0].bn1.weight
+    expected = model.encode_image([picture("red", "dot")])
+    save(model, tmp_path / "b")
+    assert torch.equal(load(tmp_path / "b").encode_image([picture("red", "dot")]), expected)
+
+
+# --- loading does no needless work ---
+
+
+def test_loading_draws_no_random_numbers(saved):
+    before = torch.get_rng_state()
+    load(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.nn.Linear(3, 3).weight.std() > 0
+    assert not torch.equal(torch.get_rng_state(), before), "while others draw as ever"
+
+
+def test_buffers_that_are_not_saved_are_real(tmp_path):
+    """Statistics of pixels, positions and the like, which are computed and not drawn."""
+    options = {"img_size": 32, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+    image = ("timm:swin_tiny_patch4_window7_224", {**options, "window_size": 4})
+    model = tiny_model(image=image[0], image_options=image[1])
+    save(model, tmp_path / "b")
+    named = dict(load(tmp_path / "b").named_buffers())
+    assert named.keys() == dict(model.named_buffers()).keys()
+    assert named.keys() > model.state_dict().keys() & named.keys(), "some are not in the file"
+    for name, buffer in model.named_buffers():
+        assert torch.equal(named[name], buffer), name
+
+
+def test_no_class_is_looked_for_to_read_a_tokenizer(saved, monkeypatch):
+    from transformers import AutoConfig, AutoTokenizer
+
+    def looked(*_: object, **__: object) -> None:
+        raise AssertionError("a class of tokenizers was looked for")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", looked)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", looked)
+    load(saved)
+
+
+_IMPORTED = """
+import sys, align
+align.load(sys.argv[1])
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.slow
+def test_libraries_that_a_bundle_does_not_need_are_not_imported(saved):
+    command = [sys.executable, "-c", _IMPORTED, str(saved)]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    names = done.stdout.split()
+    assert {"timm", "transformers"} <= set(names)
+    assert not {"open_clip", "faiss", "pyarrow", "webdataset", "onnx", "shards"} & set(names)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "clip", "t5"])
+def test_tokenizers_of_every_family_give_the_same_ids(family, tmp_path):
+    """Their classes are not asked for: all they do stands in the one file that is saved."""
+    if family == "clip":
+        tokenizer = Tokenizer.clip(context_length=16)
+    else:
+        tokenizer = Tokenizer(family_tokenizer(family), context_length=16)
+    towers = (Tower("timm:resnet10t", TINY_RESNET), Tower("hf:bert", TINY_BERT))
+    config = DualEncoderConfig(*towers, dim=16, image_size=32, context_length=16)
+    model = DualEncoder(config, tokenizer)
+    save(model, tmp_path / "b")
+    other = load(tmp_path / "b").tokenizer
+    texts = ["A red circle!", "two  spaces", "", "x" * 50, "née <pad> </s> [SEP]"]
+    ours, theirs = tokenizer(texts), other(texts)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.mask, theirs.mask)
+    assert (other.pad_id, other.end_id) == (tokenizer.pad_id, tokenizer.end_id)
+
+
+def family_tokenizer(family: str) -> Any:
+    """A tokenizer of transformers with a tiny vocabulary of its own."""
+    families: Any = transformers
+    words = ["a", "red", "circle", "two", "x", "##x", "!"]
+    if family == "bert":
+        entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+        return families.BertTokenizer(vocab={word: number for number, word in enumerate(entries)})
+    if family == "roberta":
+        entries = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcdeirx", "\u0120", "re"]
+        vocabulary = {entry: number for number, entry in enumerate(entries)}
+        return families.RobertaTokenizer(vocab=vocabulary, merges=[("r", "e")])
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("red", -3.0)]
+    return families.T5Tokenizer(vocab=[*pieces, ("x", -4.0), ("circle", -5.0)], extra_ids=0)
+
+
+# --- what was written before, and what is in the way ---
+
+
+def test_a_bundle_of_the_first_format_is_read(model, saved):
+    """It had no temperature, and its texts were taken as they are."""
+    values = json.loads((saved / "config.json").read_text())
+    values["format"] = 1
+    del values["tokenizer"]
+    for side in ("image", "text"):
+        del values["model"][side]["projection"]
+    del values["model"]["fit"]
+    values["model"]["image"]["options"]["pretrained"] = False
+    (saved / "config.json").write_text(json.dumps(values))
+    weights = load_file(saved / "model.safetensors")
+    del weights["logit_scale"], weights["logit_bias"]
+    save_file(weights, saved / "model.safetensors")
+    other = load(saved)
+    assert torch.equal(other.encode_text(TEXTS), model.encode_text(TEXTS))
+    assert other.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert (other.logit_bias.item(), other.tokenizer.clean) == (0, "none")
+
+
+def test_a_folder_of_something_else_is_not_written_over(model, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("ten years")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(ValueError, match=f"{name} is there and is no bundle"):
+            save(model, tmp_path / name)
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "ten years"
+    (tmp_path / "empty").mkdir()
+    save(model, tmp_path / "empty")
+    load(tmp_path / "empty")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    model: Any = tiny_model()
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"text_projection\.weight .*NaN"):
+        save(model, tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_infinite_values_are_weights(tmp_path):
+    """Such as a mask of attention that is kept with them."""
+    model = tiny_model()
+    mask = torch.zeros(4)
+    mask[:2] = torch.tensor([torch.inf, -torch.inf])
+    model.logit_bias = mask
+    save(model, tmp_path / "b")
+
+
 def test_the_fingerprint_is_of_weights_vocabulary_and_configuration(saved, tmp_path):
     seen = {fingerprint(saved)}
     assert fingerprint(saved) in seen, "it is a function of the files"
@@ -177,6 +356,24 @@ def whole(name, content):
     return change
 
 
+def weights(what, edit):
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    change.__name__ = what
+    return change
+
+
+def without_a_number(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["text_projection.weight"][3, 3] = torch.nan
+
+
+def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["image_projection.weight"] = torch.zeros(3, 3)
+
+
 def no_tokenizer(folder: Path) -> None:
     for path in (folder / "tokenizer").iterdir():
         path.unlink()
@@ -187,7 +384,14 @@ DAMAGE = [
     drop("config.json"),
     drop("model.safetensors"),
     drop("tokenizer/tokenizer.json"),
+    drop("tokenizer/tokenizer_config.json"),
     no_tokenizer,
+    weights("a weight is NaN", without_a_number),
+    weights("a weight of another shape", of_another_shape),
+    weights("a weight too many", lambda tensors: tensors.update(more=torch.zeros(1))),
+    weights("a weight too few", lambda tensors: tensors.pop("text_projection.weight")),
+    weights("no temperature", lambda tensors: tensors.pop("logit_scale")),
+    whole("tokenizer/tokenizer.json", b"{}"),
     cut("config.json"),
     cut("config.json", 0),
     cut("model.safetensors"),
@@ -197,6 +401,8 @@ DAMAGE = [
     whole("config.json", b"\xff\xfe\x00"),
     edit("no format", "format", to=None),
     edit("a later format", "format", to=99),
+    edit("no tokenizer", "tokenizer", to=None),
+    edit("unknown cleaning", "tokenizer", "clean", to="soap"),
     edit("no model", "model", to=None),
     edit("model is a list", "model", to=[1]),
     edit("no width", "model", "image", to=None),
@@ -292,8 +498,6 @@ def test_a_bundle_of_a_pretrained_folder_stands_alone(tmp_path, dtype):
     """Weights as a hub has them: with keys of their own in the configuration, perhaps in bf16."""
     from pairs_corpus import tiny_tokenizer
     from transformers import AutoConfig, AutoModel
-
-    from align.model import DualEncoder, DualEncoderConfig, Tower
 
     tokenizer = tiny_tokenizer()
     settings = AutoConfig.for_model("bert", **TINY_BERT, vocab_size=len(tokenizer), colour="odd")
