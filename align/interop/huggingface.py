@@ -163,8 +163,8 @@ def _text_recipe(text: Any, tokenizer: Tokenizer, projection: str) -> Recipe:
 def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
     """Write a model so that transformers opens it, with equal logits; whole or not at all.
 
-    A `CLIPModel` where both towers are CLIP's, a `SiglipModel` where both are SigLIP's, also those of
-    OpenCLIP and timm (`align.interop.clip_names`, `align.interop.siglip_names`), else a
+    A `CLIPModel` where both towers are CLIP's, a `SiglipModel` where both are SigLIP's, those of
+    OpenCLIP and timm too (`align.interop.clip_names`, `align.interop.siglip_names`), else a
     `VisionTextDualEncoderModel`; with tokenizer, image processor and a README.md that says how to
     open them.
 
