@@ -7,6 +7,7 @@ from align.bundle import load
 from align.interop import export, refuse_to_replace
 from align.interop.agreement import compare
 from pipelines import run_folder
+from pipelines.importing import no_bars
 from pipelines.schemas import ExportConfig
 
 
@@ -15,8 +16,9 @@ def run(config: ExportConfig) -> int:
     refuse_to_replace(config.out, overwrite=config.overwrite)  # before a model is loaded
     if config.out.resolve() == Path(config.bundle).resolve():
         raise ValueError(f"{config.out} is the bundle itself; choose another folder")
-    model = load(config.bundle)
-    with run_folder.locked_beside(config.out):
+    with no_bars():
+        model = load(config.bundle)
+    with run_folder.locked_beside(config.out), no_bars():
         export(model, config.out, to=config.to, overwrite=config.overwrite)
         print(f"{config.out}: {model.config.image.name} and {model.config.text.name}, {config.to}")
         try:

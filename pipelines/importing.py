@@ -1,6 +1,11 @@
 """`align import`: a model of OpenCLIP or Hugging Face as a bundle; `import` names no module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils import logging
 
 from align.bundle import save
 from align.interop import read_foreign, refuse_to_replace
@@ -14,11 +19,26 @@ def run(config: ImportConfig) -> int:
     refuse_to_replace(config.out, overwrite=config.overwrite)  # before a model is fetched
     if config.out.resolve() == Path(config.source).resolve():
         raise ValueError(f"{config.out} is the model itself; choose another folder")
-    model = read_foreign(config.source)
+    with no_bars():
+        model = read_foreign(config.source)
     with run_folder.locked_beside(config.out):
         save(model, config.out, provenance={"imported": config.source})
     print(f"{config.out}: {describe(model)}")
     return 0
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every file of weights; downloads have theirs."""
+    drawn, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's bars too
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if drawn and downloads:
+            logging.enable_progress_bar()
 
 
 def describe(model: DualEncoder) -> str:
