@@ -70,7 +70,7 @@ def summary(module: nn.Module, learning: Mapping[str, Learning], *, rows: int = 
         rows: how many are few enough.
     """
     parts = list(_parts((), [tuple(name.split(".")) for name in learning], learning))
-    while len(parts) > rows and (joined := _drawn_together(parts, learning)):
+    while len(parts) > rows and (joined := _drawn_together(parts)):
         parts = joined
     parameters = named(module)
     return [_row(part, learning, parameters) for part in parts]
@@ -118,22 +118,31 @@ class _Part:
     parent: tuple[str, ...]
     children: tuple[str, ...]
     names: tuple[str, ...]
+    rates: frozenset[float]
 
     @property
     def path(self) -> tuple[str, ...]:
         return (*self.parent, self.children[0])
 
-    def frozen(self, learning: Mapping[str, Learning]) -> bool:
-        return all(learning[name].rate == 0 for name in self.names)
+    @property
+    def counted(self) -> bool:
+        return all(child.isdecimal() for child in self.children)
 
-    def joins(self, other: "_Part", learning: Mapping[str, Learning]) -> bool:
+    def joined(self, other: "_Part") -> "_Part":
+        """Both on one line."""
+        return _Part(
+            self.parent,
+            self.children + other.children,
+            self.names + other.names,
+            self.rates | other.rates,
+        )
+
+    def joins(self, other: "_Part") -> bool:
         """Whether what follows at the same place shares the line."""
         if not self.parent or self.parent != other.parent:
             return False
-        if len({learning[name].rate for name in (*self.names, *other.names)}) == 1:
-            return True
-        counted = all(child.isdecimal() for child in (*self.children, *other.children))
-        return counted and not self.frozen(learning) and not other.frozen(learning)
+        both = self.rates | other.rates
+        return len(both) == 1 or (self.counted and other.counted and 0 not in both)
 
 
 def _parts(
@@ -146,13 +155,14 @@ def _parts(
     last: _Part | None = None
     for child, members in below.items():
         names = tuple(".".join(path) for path in members)
-        if len({learning[name].rate for name in names}) == 1:
-            found = iter([_Part(parent, (child,), names)])
+        rates = frozenset(learning[name].rate for name in names)
+        if len(rates) == 1:
+            found = iter([_Part(parent, (child,), names, rates)])
         else:
             found = _parts((*parent, child), members, learning)
         for part in found:
-            if last is not None and last.joins(part, learning):
-                last = _Part(parent, last.children + part.children, last.names + part.names)
+            if last is not None and last.joins(part):
+                last = last.joined(part)
                 continue
             if last is not None:
                 yield last
@@ -161,24 +171,22 @@ def _parts(
         yield last
 
 
-def _drawn_together(parts: list[_Part], learning: Mapping[str, Learning]) -> list[_Part] | None:
+def _drawn_together(parts: list[_Part]) -> list[_Part] | None:
     """The same table with one of the deepest nodes on one line; None if none is below the top."""
-    parents = dict.fromkeys(part.parent for part in parts if part.parent)
-    deepest = sorted(parents, key=len, reverse=True)
-    inside = {
-        parent: [part for part in parts if part.path[: len(parent)] == parent] for parent in deepest
-    }
-    several = [parent for parent in deepest if len(inside[parent]) > 1]
-    alike = [one for one in several if len({part.frozen(learning) for part in inside[one]}) == 1]
-    for parent in (alike or several)[:1]:
-        names = tuple(name for part in inside[parent] for name in part.names)
-        at = parts.index(inside[parent][0])
-        return [
-            *parts[:at],
-            _Part(parent[:-1], parent[-1:], names),
-            *(part for part in parts[at:] if part not in inside[parent]),
-        ]
-    return None
+    inside: dict[tuple[str, ...], list[int]] = {}
+    for number, part in enumerate(parts):
+        for depth in range(1, len(part.parent) + 1):
+            inside.setdefault(part.parent[:depth], []).append(number)
+    several = sorted((one for one in inside if len(inside[one]) > 1), key=len, reverse=True)
+    alike = (one for one in several if len({parts[at].rates == {0} for at in inside[one]}) == 1)
+    parent = next(alike, next(iter(several), None))
+    if parent is None:
+        return None
+    first, last = inside[parent][0], inside[parent][-1]
+    together = parts[first : last + 1]
+    names = tuple(name for part in together for name in part.names)
+    rates = frozenset(rate for part in together for rate in part.rates)
+    return [*parts[:first], _Part(parent[:-1], parent[-1:], names, rates), *parts[last + 1 :]]
 
 
 def _row(
