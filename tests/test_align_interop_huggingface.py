@@ -90,6 +90,7 @@ def theirs(kind: str, folder: Path, **pixels: Any) -> Any:
             )
             model: Any = transformers.CLIPModel(config)
         case "siglip":
+            text["pad_token_id"] = 1  # as published configurations have it, whatever the tokenizer
             config = transformers.SiglipConfig(vision_config=vision, text_config=text)
             model = transformers.SiglipModel(config)
         case _:

@@ -4,7 +4,6 @@ import json
 import math
 from typing import Any
 
-import timm
 import torch
 import transformers
 from torch import Tensor, nn
@@ -137,9 +136,6 @@ def _image_part(model: DualEncoder, family: str) -> tuple[dict[str, Any], dict[s
     if library != "timm":
         raise ValueError(f"the image tower {tower.name} does not fit {family}Model")
     options = dict(tower.options)
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if known is not None and known.fixed_input_size:
-        options.setdefault("img_size", model.config.image_size)
     try:
         json.dumps(options)
     except TypeError as error:
