@@ -62,7 +62,7 @@ def write_bundle(folder: Path) -> None:
 
 def write_timm(folder: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=7, **TINY_RESNET)
-    timm.models.save_for_hf(model, folder, model_args=TINY_RESNET, safe_serialization=True)
+    timm.models.save_for_hf(model, str(folder), model_args=TINY_RESNET, safe_serialization=True)
 
 
 def write_hf_image(folder: Path) -> None:
@@ -625,3 +625,9 @@ def test_distinct_poolers_say_distinct_things(tower):
     pooled = [made(*texts(made)).pooled for made in towers]
     for one, other in combinations(pooled, 2):
         assert not torch.allclose(one, other)
+
+
+def test_a_class_token_is_no_place_to_pool(tower):
+    made = tower("image", "timm vit, mean")
+    features = made(pictures(IMAGE_MEMBERS["timm vit, mean"]))
+    close(features.pooled, features.tokens[:, 1:].mean(dim=1))
