@@ -62,6 +62,11 @@ def logits(model: DualEncoder) -> torch.Tensor:
     return model.logits(pictures, model.encode_text(TEXTS))
 
 
+def settings_of(tower: Any) -> Any:
+    """Hugging Face's configuration."""
+    return tower.body.config
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
 def test_huggingface_towers_become_open_clip_s_with_equal_logits(activation):
     model = huggingface_clip(hidden_act=activation, layer_norm_eps=1e-3)
@@ -90,7 +95,7 @@ def test_a_model_with_quick_gelu_keeps_it():
     )
     converted = to_huggingface(model)
     torch.testing.assert_close(logits(converted), logits(model), atol=1e-5, rtol=0)
-    assert converted.image.body.config.hidden_act == "quick_gelu"
+    assert settings_of(converted.image).hidden_act == "quick_gelu"
 
 
 def test_there_and_back_no_weight_has_changed():
@@ -99,7 +104,7 @@ def test_there_and_back_no_weight_has_changed():
     weights = model.state_dict()
     assert list(back.state_dict()) == list(weights)
     assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
-    settings, before = back.text.body.config, model.text.body.config
+    settings, before = settings_of(back.text), settings_of(model.text)
     assert settings.intermediate_size == before.intermediate_size == 40
     assert settings.eos_token_id == before.eos_token_id
     assert settings.pad_token_id == before.pad_token_id
@@ -126,7 +131,7 @@ def test_the_last_id_is_clip_s_own_end_of_a_text():
     assert converted.text.recipe()["config"]["text_cfg"].get("pool_type", "argmax") == "argmax"
     torch.testing.assert_close(logits(converted), logits(model), atol=1e-5, rtol=0)
     back = to_huggingface(converted)
-    assert back.text.body.config.eos_token_id == tokenizer.end_id == len(tokenizer) - 1
+    assert settings_of(back.text).eos_token_id == tokenizer.end_id == len(tokenizer) - 1
 
 
 def test_projections_statistics_and_temperature_stay():
