@@ -65,9 +65,9 @@ def test_the_five_lines_rank_texts_for_pictures(tmp_path, monkeypatch, capsys):
     for name, image in drawn.items():
         image.save(tmp_path / name)
     exec(block, {})
-    similar = model.encode_image(list(drawn.values())) @ model.encode_text(
-        ["cat face", "red heart"]
-    ).T
+    similar = (
+        model.encode_image(list(drawn.values())) @ model.encode_text(["cat face", "red heart"]).T
+    )
     assert capsys.readouterr().out == f"{similar.argsort(descending=True)}\n"
 
 

@@ -270,10 +270,9 @@ class OpenCLIPTextEncoder(TextTower):
             return Features(pooled, tokens, mask)
         # As its own forward, with the causal mask cut to the length of the chunk.
         length = ids.shape[1]
-        if embedded is None:
-            embedded = self.text.token_embedding(ids)
+        rows: Tensor = self.text.token_embedding(ids) if embedded is None else embedded
         dtype = self.text.transformer.get_cast_dtype()
-        placed = embedded.to(dtype) + self.text.positional_embedding[:length].to(dtype)
+        placed = rows.to(dtype) + self.text.positional_embedding[:length].to(dtype)
         assert self.text.attn_mask is not None
         hidden = self.text.transformer(placed, attn_mask=self.text.attn_mask[:length, :length])
         tokens = self.text.ln_final(hidden)
