@@ -13,6 +13,8 @@ small, and importing it is cheap; torch comes with the first name used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from align.quick import collector_rests
+
 if TYPE_CHECKING:
     from align.bundle import load, push_to_hub, save
     from align.interop import export
@@ -48,4 +50,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'align' has no attribute {name!r}; it has {sorted(_HOMES)}")
-    return getattr(import_module(_HOMES[name]), name)
+    with collector_rests():
+        return getattr(import_module(_HOMES[name]), name)

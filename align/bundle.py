@@ -29,6 +29,7 @@ from align import hub, interop
 from align.card import Result, merged, model_card, with_results
 from align.folders import damage, whole_folder
 from align.model import DualEncoder, DualEncoderConfig
+from align.quick import collector_rests
 from align.tokenizer import Tokenizer
 from align.trust import data_alone, refuse_calls, refuse_intruders
 
@@ -115,7 +116,8 @@ def load(path: Path | str) -> DualEncoder:
     refuse_intruders(folder)
     refuse_calls(folder)
     try:
-        return _read(folder)
+        with collector_rests():
+            return _read(folder)
     except KeyError as error:
         raise ValueError(f"{path} is a damaged bundle: its config.json lacks {error}") from error
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:

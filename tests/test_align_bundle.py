@@ -1,6 +1,7 @@
 """Bundles: what is saved is what is loaded, and damage is one clear line."""
 
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -525,3 +526,18 @@ def test_a_name_without_an_owner_never_asks_the_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
     with pytest.raises(ValueError, match="no such folder"):
         load("nothing-of-this-name")
+
+
+def test_loading_leaves_the_garbage_collector_as_it_was(saved):
+    assert gc.isenabled()
+    load(saved)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load(saved)
+        assert not gc.isenabled()
+        with pytest.raises(ValueError, match="no such folder"):
+            load("nowhere")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

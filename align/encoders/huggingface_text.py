@@ -82,7 +82,7 @@ class HuggingFaceTextEncoder(TextTower):
             for part in self.transformer.modules()
             if isinstance(part, nn.Embedding)
         )
-        self.max_length = _positions(self.transformer)
+        self.max_length = longest_text(self.transformer)
         if settings.model_type in _PADDING_COUNTS:
             self.fixed_length = settings.max_position_embeddings
         elif pooler == NATIVE and settings.model_type == "clip_text_model":
@@ -162,7 +162,7 @@ def _prune(transformer: Any, *, pooler: str, name: str) -> None:
         transformer.head = nn.Identity()
 
 
-def _positions(transformer: Any) -> int:
+def longest_text(transformer: Any) -> int:
     """The longest text, in tokens; relative positions have no end."""
     settings = transformer.config
     longest: int = getattr(settings, "max_position_embeddings", None) or 1 << 30

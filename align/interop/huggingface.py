@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from align.encoders.huggingface import plain
-from align.encoders.huggingface_text import _positions
+from align.encoders.huggingface_text import longest_text
 from align.encoders.tower import first_line, refusals
 from align.folders import whole_folder
 from align.interop.clip_names import LEGACY_END, to_huggingface
@@ -53,7 +53,7 @@ def read_huggingface(source: str | Path) -> DualEncoder:
     settings = _settings(source)
     whole = _pretrained(source, FAMILIES[settings.model_type], settings)
     pictures = read_picture_format(source)
-    tokenizer = read_tokenizer(source, positions=_positions(whole.text_model))
+    tokenizer = read_tokenizer(source, positions=longest_text(whole.text_model))
     projection = "none" if settings.model_type == "siglip" else "linear"
     config = DualEncoderConfig(
         image=_image_recipe(source, whole.vision_model, pictures, projection),

@@ -36,10 +36,15 @@ def _tower_name(name: str, libraries: Iterable[str]) -> str:
 class ImageTowerConfig(Config):
     """The image tower."""
 
-    name: str = Field(default="timm:resnet18", description="timm:ARCHITECTURE.")
+    name: str = Field(
+        default="timm:resnet18",
+        description="timm:NAME, hf:NAME (architecture, hub id or folder), open_clip:NAME, or\n"
+        "local:FOLDER (a bundle, or what one of those libraries wrote).",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Passed to timm.create_model; also pretrained, mean, std.",
+        description="Passed to the library; also pretrained, mean, std, and for timm and hf pooling\n"
+        "(native, mean, max, cls, attention).",
     )
     projection: Literal["linear", "affine", "mlp", "none"] = Field(
         default="linear",
@@ -66,12 +71,14 @@ class TextTowerConfig(Config):
     """The text tower."""
 
     name: str = Field(
-        default="hf:bert", description="hf:ARCHITECTURE from scratch, or hf:HUB-ID-OR-FOLDER."
+        default="hf:bert",
+        description="hf:ARCHITECTURE from scratch, hf:HUB-ID-OR-FOLDER, open_clip:NAME, or\n"
+        "local:FOLDER (a bundle, or what one of those libraries wrote).",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Fields of the model's configuration; also pretrained and\n"
-        "pooler (mean, max, cls, last).",
+        description="Fields of the model's configuration; also pretrained, and for hf attention\n"
+        "and pooler (mean, max, cls, last, attention, native).",
     )
     projection: Literal["linear", "affine", "mlp", "none"] = Field(
         default="linear",
