@@ -43,7 +43,7 @@ class ImageTowerConfig(Config):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Passed to the library; also pretrained, mean, std, and for timm and hf pooling\n"
+        description="Passed to the library; also pretrained, mean, std; for timm and hf pooling\n"
         "(native, mean, max, cls, attention).",
     )
     projection: Literal["linear", "affine", "mlp", "none"] = Field(
