@@ -31,6 +31,7 @@ layers: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.encode
 
 setup: $(READY)
 

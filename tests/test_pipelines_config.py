@@ -1,7 +1,7 @@
 """The configuration: read as YAML 1.2, validated whole, all mistakes at once, each by its path."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -404,6 +404,16 @@ def test_the_demo_fills_in_paths_and_splits():
     assert {task.data for task in config.evaluate.tasks.values()} <= {
         str(out / "shards" / name) for name in demo.BUILT_IN_SPLITS
     }
+
+
+def test_the_projections_and_fits_that_are_checked_early_are_those_that_exist():
+    from align.model import PROJECTIONS
+    from align.preprocess import FITS
+    from pipelines.schemas.training import ImageTowerConfig, ModelConfig, TextTowerConfig
+
+    for schema in (ImageTowerConfig, TextTowerConfig):
+        assert set(get_args(schema.model_fields["projection"].annotation)) == set(PROJECTIONS)
+    assert set(get_args(ModelConfig.model_fields["fit"].annotation)) == set(FITS)
 
 
 def test_the_splits_that_are_checked_early_are_those_that_exist():

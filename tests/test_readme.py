@@ -31,6 +31,11 @@ def test_the_tree_is_the_real_one():
     assert tree() in README, f"put this tree into README.md:\n\n{tree()}"
 
 
+def test_nothing_is_left_to_be_filled_in():
+    assert "@@" not in README
+    assert "TODO" not in README
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"(?m)^    (align .+)$", README)
     return [block.split("  #")[0].strip() for block in blocks]
