@@ -57,7 +57,8 @@ def save(
             fingerprint), `sources`, `samples`, `steps` and `config`.
 
     Raises:
-        ValueError: the folder holds something else, or a weight is no number.
+        ValueError: the folder holds something else, a weight is no number, or `load` would refuse
+            what was written.
     """
     folder = Path(folder)
     refuse_place(folder)
@@ -72,6 +73,8 @@ def save(
             "provenance": dict(provenance or {}),
         }
         (beside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        refuse_intruders(beside, folder)
+        refuse_calls(beside, folder)
         text = card or model_card(model, provenance or {})
         (beside / "README.md").write_text(text, encoding="utf-8")
         # safetensors lets nobody else read what it writes

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.encoders import build_image_tower, build_text_tower
 from align.encoders.tower import Features, Vocabulary
-from align.preprocess import FITS, preprocess
-from align.tokenizer import TokenBatch, Tokenizer
+from align.preprocess import FITS, check_pictures, preprocess_all
+from align.tokenizer import TokenBatch, Tokenizer, check_texts
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class DualEncoder(nn.Module):
         logit_bias: what is added then (Zhai et al. 2023); zero unless trained with it.
 
     Raises:
-        ValueError: an unknown tower or option, or a tokenizer that does not fit the text tower.
+        ValueError: an unknown tower or option, or a tokenizer that does not fit the text tower or
+            cuts texts elsewhere than `config.context_length`.
     """
 
     logit_scale: Tensor
@@ -120,6 +121,12 @@ class DualEncoder(nn.Module):
                 f"the tokenizer has {len(tokenizer)} entries, the text tower "
                 f"{name} embeds {text.vocabulary_size}: set "
                 "model.text.options.vocab_size or choose the tower's own tokenizer"
+            )
+        if tokenizer.context_length != self.config.context_length:
+            raise ValueError(
+                f"the tokenizer cuts texts to {tokenizer.context_length} tokens, the model's "
+                f"context_length is {self.config.context_length}: make them equal, or texts would "
+                "be cut otherwise once the model is saved and loaded"
             )
         if self.config.context_length > text.max_length:
             raise ValueError(
@@ -201,21 +208,10 @@ class DualEncoder(nn.Module):
         """Pictures, or files of them, as the image tower wants them; see `align.preprocess`.
 
         Raises:
-            ValueError: a file is no picture.
+            ValueError: something is no picture: its place or file, and what is wrong.
             OSError: there is no such file.
         """
-        size, fit = self.config.image_size, self.config.fit
-        rows = []
-        for image in images:
-            if isinstance(image, Image.Image):
-                rows.append(preprocess(image, size, fit=fit))
-                continue
-            try:
-                with Image.open(image) as opened:
-                    rows.append(preprocess(opened, size, fit=fit))
-            except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-                raise ValueError(f"{image} cannot be read as a picture: {error}") from error
-        return torch.stack(rows)
+        return preprocess_all(images, self.config.image_size, fit=self.config.fit)
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Texts as the text tower wants them."""
@@ -236,22 +232,25 @@ class DualEncoder(nn.Module):
             batch_size: pictures at a time.
 
         Raises:
-            ValueError: one picture, tensors of another size, or no pictures at a time.
+            ValueError: one picture, something that is none, tensors of another type or size, or
+                no pictures at a time.
         """
         if isinstance(images, Image.Image | Path | str):
             raise ValueError("encode_image takes a list of pictures, not one picture")
-        size = self.config.image_size
-        if isinstance(images, Tensor) and images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"encode_image takes tensors of [rows, 3, {size}, {size}], not {[*images.shape]}; "
-                "pictures of other sizes come as a list"
-            )
+        size, fit = self.config.image_size, self.config.fit
+        if isinstance(images, Tensor):
+            _check_pixels(images, size)
+        else:
+            check_pictures(images)
         _check_batch(batch_size)
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
-                pixels = part if isinstance(part, Tensor) else self.preprocess(part)
+                if isinstance(part, Tensor):
+                    pixels = part
+                else:
+                    pixels = preprocess_all(part, size, fit=fit, first=start)
                 rows.append(self.project_image(self.image(pixels.to(self.device)).pooled).cpu())
             return torch.cat(rows)
 
@@ -267,10 +266,9 @@ class DualEncoder(nn.Module):
             batch_size: texts at a time.
 
         Raises:
-            ValueError: one string, or no texts at a time.
+            ValueError: one string, something that is no text, or no texts at a time.
         """
-        if isinstance(texts, str):
-            raise ValueError("encode_text takes a list of strings, not one string")
+        check_texts(texts)
         _check_batch(batch_size)
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
@@ -279,6 +277,19 @@ class DualEncoder(nn.Module):
                 pooled = self.text.pool(tokens.ids, tokens.mask)
                 rows.append(self.project_text(pooled).cpu())
             return torch.cat(rows)
+
+
+def _check_pixels(images: Tensor, size: int) -> None:
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"encode_image takes tensors of uint8 (0 to 255), not {images.dtype}: the tower scales "
+            "and normalises by itself, so give it the pixels as they are"
+        )
+    if images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"encode_image takes tensors of [rows, 3, {size}, {size}], not {[*images.shape]}; "
+            "pictures of other sizes come as a list"
+        )
 
 
 def _check_batch(size: int) -> None:

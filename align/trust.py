@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from align.encoders import LOOKED_UP
+
 
 def _endings(*lines: str) -> frozenset[str]:
     return frozenset(f".{ending}" for line in lines for ending in line.split())
@@ -60,40 +62,47 @@ def refuse_names(names: Iterable[str], place: object) -> None:
             raise _refusal(place, name, kind)
 
 
-def refuse_intruders(folder: Path) -> None:
+def refuse_intruders(folder: Path, place: object = None) -> None:
     """Look through a folder, by names and by first bytes, before anything in it is read.
 
     Args:
         folder: of a bundle; in the hub's own cache its links to the cached files are fine.
+        place: what the message calls it; None = the folder.
 
     Raises:
         ValueError: it holds code, a pickle or an archive, also under another name, a link that
             leads out of it, or something that is no file.
     """
+    place = folder if place is None else place
     whole = folder.resolve()
     home = whole.parent.parent if whole.parent.name == "snapshots" else whole
     for path in _walk(whole):
         name = path.relative_to(whole).as_posix()
         target = Path(os.path.realpath(path))  # `resolve` raises where links lead round in a ring
         if path.is_symlink() and not target.is_relative_to(home):
-            raise _refusal(folder, name, "a link that leads out of the folder")
+            raise _refusal(place, name, "a link that leads out of the folder")
         if path.is_dir():
             continue
         if not path.is_file():
-            raise _refusal(folder, name, "no plain file")
+            raise _refusal(place, name, "no plain file")
         kind = _kind(name) or _kind(target.name) or _kind_by_content(path)
         if kind:
-            raise _refusal(folder, name, kind)
+            raise _refusal(place, name, kind)
 
 
-def refuse_calls(folder: Path) -> None:
+def refuse_calls(folder: Path, place: object = None) -> None:
     """Look through the configurations of a bundle for keys that run code of others.
 
     `config.json` must not name weights to fetch, either: a bundle has its own.
 
+    Args:
+        folder: of a bundle.
+        place: what the message calls it; None = the folder.
+
     Raises:
         ValueError: there is such a key.
     """
+    place = folder if place is None else place
     for name in ("config.json", "tokenizer/tokenizer_config.json", "tokenizer/config.json"):
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -103,26 +112,29 @@ def refuse_calls(folder: Path) -> None:
             continue
         if name == "config.json":  # where it came from is told, and never acted upon
             values = {key: value for key, value in values.items() if key != "provenance"}
-            _refuse_names_of_towers(folder, values.get("model"))
+            _refuse_names_of_towers(place, values.get("model"))
         for path, key in _truthy_keys(values):
             if key in _ASKS_FOR_CODE:
-                raise _call(folder, name, path, "runs code of others")
+                raise _call(place, name, path, "runs code of others")
             if name == "config.json" and key in _FETCHES:
-                raise _call(folder, name, path, "fetches what it does not hold")
+                raise _call(place, name, path, "fetches what it does not hold")
 
 
-def _refuse_names_of_towers(folder: Path, model: Any) -> None:
-    """A tower is timm's by its plain name, or built from a whole configuration."""
+def _refuse_names_of_towers(place: object, model: Any) -> None:
+    """A tower is built from a whole configuration, or by a name that its library itself knows."""
     for side in ("image", "text"):
         recipe = model.get(side) if isinstance(model, dict) else None
         if not isinstance(recipe, dict) or not isinstance(recipe.get("options"), dict):
             continue
         library, _, name = str(recipe.get("name")).partition(":")
-        whole = isinstance(recipe["options"].get("config"), dict) and library != "timm"
-        if library == "local" or ((library != "timm" or ":" in name) and not whole):
+        if library in LOOKED_UP:  # whole, its configuration leaves nothing to look for
+            elsewhere = not isinstance(recipe["options"].get("config"), dict)
+        else:
+            elsewhere = library == "local" or any(sign in name for sign in ":/\\")
+        if elsewhere:
             path = f"model.{side}.name"
             raise _call(
-                folder, "config.json", path, f"({recipe.get('name')}) reads what lies elsewhere"
+                place, "config.json", path, f"({recipe.get('name')}) reads what lies elsewhere"
             )
 
 

@@ -390,6 +390,15 @@ def test_a_context_longer_than_the_tower_is_refused():
     one_line(caught)
 
 
+@pytest.mark.parametrize("cut", [15, 17, 24])
+def test_a_tokenizer_that_cuts_elsewhere_than_the_model_is_refused(cut):
+    """It would go unseen until the model is saved and loaded, or fail in the tower's positions."""
+    says = rf"tokenizer cuts texts to {cut} tokens, .* context_length is 16: make them equal"
+    with pytest.raises(ValueError, match=says) as caught:
+        DualEncoder(tiny_model().config, tiny_tokenizer(context_length=cut))
+    one_line(caught)
+
+
 @pytest.mark.parametrize(
     ("text", "options"),
     [

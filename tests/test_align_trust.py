@@ -5,15 +5,20 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pairs_corpus import tiny_model
+import torch
+from pairs_corpus import picture, tiny_model
+from torch import nn
 
 from align import bundle
 from align.bundle import load, save
-from align.encoders import build_image_tower, build_text_tower
+from align.encoders import IMAGE_LIBRARIES, build_image_tower, build_text_tower
+from align.encoders.tower import Features, ImageTower
+from align.model import DualEncoder, Tower
 from align.trust import data_alone, refuse_intruders, refuse_names
 
 
@@ -186,13 +191,17 @@ IMAGE, TEXT = ["model", "image", "options"], ["model", "text", "options"]
         (["model", "image", "name"], "local:/tmp/evil"),
         (["model", "text"], {"name": "hf:someone/evil", "options": {}}),
         (["model", "text"], {"name": "open_clip:hf-hub:someone/evil", "options": {}}),
+        (["model", "text"], {"name": "hf:bert-base-uncased", "options": {}}),
+        (["model", "text"], {"name": "new:someone/evil", "options": {}}),
+        (["model", "text"], {"name": "new:..\\evil", "options": {}}),
+        (["model", "image"], {"name": "new:folder:evil", "options": {"config": {}}}),
     ],
 )
 def test_a_configuration_that_asks_for_more_is_refused(saved, unread, keys, value):
     change(saved, "config.json", keys, value)
     message = refused(saved, "config.json")
     path = ".".join(keys)
-    if keys[-1] == "text":
+    if keys[-1] in {"image", "text"}:
         path += ".name"
     if keys[-1] == "deep":
         path += "[0].trust_remote_code"
@@ -243,3 +252,66 @@ def test_options_that_fetch_are_left_out_of_what_is_saved(tmp_path, monkeypatch)
     model.text.transformer.config.auto_map = {"AutoModel": "a.b"}
     save(model, tmp_path / "bundle")
     load(tmp_path / "bundle")
+
+
+class PatchTower(ImageTower):
+    """A library of towers as somebody would add it: a module, an entry, a recipe of plain options.
+
+    It takes the mean of the projected patches.
+    """
+
+    def __init__(self, name: str, *, patch: int = 16, image_size: int = 32, **more: Any) -> None:
+        super().__init__([0.5] * 3, [0.25] * 3)
+        self.name, self.width, self.token_width = f"patches:{name}", 8, 8
+        self.options = {"patch": patch, "image_size": image_size, **more}
+        self.patches = nn.Conv2d(3, 8, patch, stride=patch)
+
+    @property
+    def body(self) -> nn.Module:
+        return self.patches
+
+    def recipe(self) -> dict[str, Any]:
+        return self.options
+
+    def encode(self, pixels: torch.Tensor) -> Features:
+        tokens = self.patches(pixels).flatten(2).mT
+        return Features(tokens.mean(1), tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+
+    def _checkpoint_gradients(self, enabled: bool) -> None:
+        raise ValueError("it has no blocks")
+
+
+def patches(name: str, **options: Any) -> DualEncoder:
+    made = tiny_model()
+    config = replace(made.config, image=Tower(f"patches:{name}", options))
+    return DualEncoder(config, made.tokenizer).eval()
+
+
+@pytest.fixture
+def another_library(monkeypatch) -> None:
+    monkeypatch.setitem(IMAGE_LIBRARIES, "patches", f"{__name__}:PatchTower")
+
+
+@pytest.mark.usefixtures("another_library")
+def test_a_bundle_with_towers_of_another_library_saves_and_loads(tmp_path):
+    model = patches("plain", patch=8)
+    save(model, tmp_path / "bundle")
+    again = load(tmp_path / "bundle")
+    assert again.config.image == Tower("patches:plain", {"patch": 8, "image_size": 32})
+    pictures = [picture("red", "cross"), picture("blue", "dot")]
+    assert torch.equal(again.encode_image(pictures), model.encode_image(pictures))
+    tower = build_image_tower(f"local:{tmp_path / 'bundle'}")
+    assert torch.equal(
+        tower.state_dict()["patches.weight"], model.state_dict()["image.patches.weight"]
+    )
+
+
+@pytest.mark.usefixtures("another_library")
+@pytest.mark.parametrize("name", ["someone/plain", "folder:plain"])
+def test_what_would_not_load_is_not_saved(name, tmp_path):
+    target = tmp_path / "bundle"
+    with pytest.raises(ValueError, match=r"model\.image\.name in its config\.json") as caught:
+        save(patches(name), target)
+    assert str(caught.value).startswith(f"{target} is refused")
+    assert "\n" not in str(caught.value)
+    assert [*tmp_path.iterdir()] == []

@@ -29,6 +29,10 @@ TEXT_LIBRARIES = {
     "local": "align.encoders.local:local_text_tower",
 }
 
+LOOKED_UP = frozenset({"hf", "open_clip"})
+"""Libraries that look for a name in folders and on a hub unless the option `config` holds all that
+it stands for; with any other, a name without a slash or a colon stands for itself."""
+
 
 def build_image_tower(spec: str, **options: Any) -> "ImageTower":
     """The image tower that a prefixed name such as `timm:resnet10t` stands for.
