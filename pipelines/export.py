@@ -13,9 +13,9 @@ from pipelines.schemas import ExportConfig
 
 def run(config: ExportConfig) -> int:
     """Write the model, open it with the other library, compare; 1 if the logits differ."""
-    refuse_to_replace(config.out, overwrite=config.overwrite)  # before a model is loaded
     if config.out.resolve() == Path(config.bundle).resolve():
         raise ValueError(f"{config.out} is the bundle itself; choose another folder")
+    refuse_to_replace(config.out, config.to, overwrite=config.overwrite)  # before a model is loaded
     with no_bars():
         model = load(config.bundle)
     with run_folder.locked_beside(config.out), no_bars():

@@ -16,9 +16,9 @@ from pipelines.schemas import ImportConfig
 
 def run(config: ImportConfig) -> int:
     """Read the model, write the bundle, say what it is."""
-    refuse_to_replace(config.out, overwrite=config.overwrite)  # before a model is fetched
     if config.out.resolve() == Path(config.source).resolve():
         raise ValueError(f"{config.out} is the model itself; choose another folder")
+    refuse_to_replace(config.out, "bundle", overwrite=config.overwrite)  # before a model is fetched
     with no_bars():
         model = read_foreign(config.source)
     with run_folder.locked_beside(config.out):

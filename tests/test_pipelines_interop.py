@@ -1,6 +1,7 @@
 """`align export` and `align import`: what they write, what they say, what they refuse."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,20 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
+def held(folder: Path, config: str, *files: str) -> None:
+    """A folder of a model, by its configuration, with other files."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(config)
+
+
 @pytest.fixture(scope="module")
 def model() -> DualEncoder:
-    return tiny_model(**FOREIGN)
+    model = tiny_model(**FOREIGN)
+    model.logit_scale.fill_(math.log(37.5))  # no default
+    return model
 
 
 @pytest.fixture
@@ -87,6 +99,7 @@ def test_export_writes_a_model_that_the_other_library_agrees_with(to, bundle, ca
     assert "logits of both libraries differ by" in out
     assert interop.format_of(tmp_path / "out") == to
     assert (tmp_path / "out" / "README.md").is_file()
+    interop.refuse_to_replace(tmp_path / "out", to, overwrite=True)  # all of it is its own
 
 
 def test_export_compares_what_it_wrote(written, bundle, capsys, tmp_path):
@@ -124,7 +137,10 @@ def test_an_agreement_holds_up_to_rounding(difference, holds):
         ),
         (["bundle", "out"], "to: required, and not given"),
         (["nowhere", "out", "--to", "onnx"], "there is no bundle nowhere"),
-        (["bundle", "bundle", "--to", "onnx"], "bundle holds a model; choose another folder, or"),
+        (["bundle", "other", "--to", "hf"], "other holds a model; choose another folder, or"),
+        (["bundle", "other", "--to", "onnx", "--overwrite"], "other holds a model for hf, which a"),
+        (["bundle", "trained", "--to", "hf", "--overwrite"], "trained holds optimizer.pt, which"),
+        (["bundle", "noted", "--to", "onnx", "--overwrite"], "noted holds tokenizer/notes.txt, "),
         (["bundle", "bundle", "--to", "onnx", "--overwrite"], "bundle is the bundle itself"),
         (["bundle", "file", "--to", "onnx"], "file is a file; choose another folder"),
         (["bundle", "mine", "--to", "onnx"], "mine holds something other than a model"),
@@ -139,6 +155,9 @@ def test_mistakes_of_export_are_one_line_and_change_nothing(
     Path("file").write_text("x")
     Path("mine").mkdir()
     Path("mine/letters.txt").write_text("x")
+    held(Path("other"), '{"model_type": "clip"}')
+    held(Path("trained"), '{"model_type": "clip"}', "optimizer.pt", "model.safetensors")
+    held(Path("noted"), '{"format": "onnx"}', "image.onnx", "tokenizer/notes.txt")
     before = content(tmp_path)
     code, out, err = call(capsys, "export", *arguments)
     assert (code, out) == (2, "")
@@ -213,7 +232,7 @@ def test_import_writes_a_bundle_and_says_what_it_read(reader, model, capsys, tmp
         f"open_clip:ViT-B-32, {count:.1f} M parameters, pictures of 32 px (crop)",
         "16 tokens at most",
         f"{len(model.tokenizer)} entries, texts cleaned: none",
-        "14.29 x cosine +0",
+        "37.5 x cosine +0",
     ):
         assert part in said
     loaded = align.load(out)
@@ -245,6 +264,8 @@ def test_what_is_exported_is_imported_with_equal_rows(to, model, bundle, capsys,
         (["graphs", "out"], "graphs was exported to ONNX, which is not read"),
         (["open_clip:ViT-B-32@x", "bundle"], "bundle holds a model; choose another folder, or set"),
         (["open_clip:ViT-B-32@x", "mine", "--overwrite"], "mine holds something other than"),
+        (["open_clip:ViT-B-32@x", "other", "--overwrite"], "other holds a model for hf, which a b"),
+        (["open_clip:ViT-B-32@x", "noted", "--overwrite"], "noted holds notes.txt, which is no "),
         (["theirs", "theirs", "--overwrite"], "theirs is the model itself"),
     ],
 )
@@ -259,6 +280,8 @@ def test_mistakes_of_import_are_one_line_and_change_nothing(
     ):
         Path(name).mkdir()
         (Path(name) / file).write_text(text)
+    held(Path("other"), '{"model_type": "clip"}')
+    held(Path("noted"), '{"format": 2, "model": {}}', "notes.txt")
     before = content(tmp_path)
     code, out, err = call(capsys, "import", *arguments)
     assert (code, out) == (2, "")
@@ -273,6 +296,19 @@ def test_import_replaces_a_bundle_where_it_is_told_to(reader, capsys, tmp_path):
     before = fingerprint(tmp_path / "out")
     assert call(capsys, "import", "hf:a/b", tmp_path / "out", "--overwrite")[0] == 0
     assert fingerprint(tmp_path / "out") != before
+
+
+def test_a_link_is_no_part_of_a_model_and_results_are(bundle, tmp_path):
+    (bundle / "results.json").write_text("{}")
+    interop.refuse_to_replace(bundle, "bundle", overwrite=True)
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "tokenizer" / "merges.txt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"bundle holds tokenizer/merges\.txt, which is no part"):
+        interop.refuse_to_replace(bundle, "bundle", overwrite=True)
+
+
+def test_of_every_format_it_is_known_which_files_it_writes():
+    assert interop.FILES.keys() == {"bundle", *interop.EXPORTS}
 
 
 def test_models_of_others_are_loaded_where_bundles_are(reader, model, tmp_path):

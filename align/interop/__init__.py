@@ -8,6 +8,7 @@ Naming a format costs nothing: its module is imported when it is read or written
 """
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,30 @@ READERS = {
     "hf": "align.interop.huggingface:read_huggingface",
 }
 """What reads a model of another library: `function(source)`; its keys are prefixes of sources."""
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
+FILES = {
+    "bundle": (
+        *("config.json", "model.safetensors", "README.md", "results.json"),
+        *(f"tokenizer/{name}" for name in _TOKENIZER),
+    ),
+    "open_clip": (
+        *("open_clip_config.json", "open_clip_model.safetensors", "README.md"),
+        *("text/config.json", "image/config.json", *_TOKENIZER),
+    ),
+    "hf": (
+        *("config.json", "model.safetensors", "model-*-of-*.safetensors", "README.md"),
+        *("model.safetensors.index.json", "generation_config.json"),
+        *("preprocessor_config.json", "processor_config.json", *_TOKENIZER),
+    ),
+    "onnx": (
+        *("config.json", "image.onnx*", "text.onnx*", "README.md"),
+        *(f"tokenizer/{name}" for name in _TOKENIZER),
+    ),
+}
+"""What each format writes, as patterns of paths inside its folder; nothing else is replaced."""
 
 
 def export(
@@ -37,7 +62,7 @@ def export(
         model: ours, or what `align.load` takes.
         folder: made.
         to: one of `EXPORTS`.
-        overwrite: replace a model, of whatever format, that the folder holds.
+        overwrite: replace a model of this format that the folder holds.
 
     Raises:
         ValueError: an unknown format, a model that cannot be said in it, a folder in use, or a
@@ -45,10 +70,10 @@ def export(
     """
     if to not in EXPORTS:
         raise ValueError(f"unknown format {to!r}; known: {', '.join(EXPORTS)}")
-    refuse_to_replace(folder, overwrite=overwrite)
+    if isinstance(model, Path | str) and Path(model).resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder}: a model cannot be exported over itself")
+    refuse_to_replace(folder, to, overwrite=overwrite)
     if isinstance(model, Path | str):
-        if Path(model).resolve() == Path(folder).resolve():
-            raise ValueError(f"{folder}: a model cannot be exported over itself")
         from align.bundle import load
 
         model = load(model)
@@ -106,25 +131,49 @@ def format_of(source: Path | str) -> str | None:
     return "hf" if "model_type" in config else None
 
 
-def refuse_to_replace(folder: Path | str, *, overwrite: bool) -> None:
-    """See that a model may be written to a folder.
+def refuse_to_replace(folder: Path | str, kind: str, *, overwrite: bool) -> None:
+    """See that a model may be written to a folder: what it replaces is lost.
 
     Args:
         folder: free where it is not there, or empty.
-        overwrite: it may hold a model too, but nothing else.
+        kind: the format to be written, a key of `FILES`.
+        overwrite: the folder may hold a model of this format too, but no file besides.
 
     Raises:
-        ValueError: it holds something.
+        ValueError: it holds something; the line names it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if format_of(folder) is None:
+    held = format_of(folder)
+    if held is None:
         raise ValueError(f"{folder} holds something other than a model; choose another folder")
+    if held != kind:
+        names = {"bundle": "a bundle", **{name: f"a model for {name}" for name in EXPORTS}}
+        raise ValueError(
+            f"{folder} holds {names[held]}, which {names[kind]} does not replace; "
+            "choose another folder"
+        )
     if not overwrite:
         raise ValueError(f"{folder} holds a model; choose another folder, or set overwrite")
+    if stranger := _stranger(folder, kind):
+        raise ValueError(
+            f"{folder} holds {stranger}, which is no part of the model and would be lost; "
+            "move it away, or choose another folder"
+        )
+
+
+def _stranger(folder: Path, kind: str) -> str | None:
+    """The first file in a folder that its format does not write; no link is one of its files."""
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if path.is_symlink() or not any(fnmatchcase(place, one) for one in FILES[kind]):
+            return place
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def _known(name: str) -> str:
     return name
 
 
-OVERWRITE = "Replace a model that the folder holds."
+OVERWRITE = "Replace a model of the same format that the folder holds."
 
 
 class ExportConfig(Config):
