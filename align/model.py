@@ -131,7 +131,8 @@ class DualEncoder(nn.Module):
         if self.config.context_length > text.max_length:
             raise ValueError(
                 f"context_length {self.config.context_length} is more than the text tower "
-                f"{name} can take ({text.max_length} positions)"
+                f"{name} can take ({text.max_length} positions): set "
+                f"model.context_length={text.max_length}"
             )
         if text.pad_is_an_entry and tokenizer.pad_id != text.pad_id:
             raise ValueError(
