@@ -18,6 +18,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from align.preprocess import is_list
 from align.tokenizer_source import read_backend
 
 
@@ -80,7 +81,12 @@ class Tokenizer:
         return len(self.backend)
 
     def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        """Tokenise texts; padding reaches to the longest text and no further."""
+        """Tokenise texts; padding reaches to the longest text and no further.
+
+        Raises:
+            ValueError: something is no text: its place and type.
+        """
+        check_texts(texts)
         clean = _cleaner(self.clean)
         encoded = self.backend(
             [clean(text) for text in texts],
@@ -97,7 +103,8 @@ class Tokenizer:
         )
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of whole texts, neither cut nor padded."""
+        """The ids of whole texts, neither cut nor padded; refused as when called."""
+        check_texts(texts)
         clean = _cleaner(self.clean)
         cleaned = [clean(text) for text in texts]
         return self.backend(cleaned, truncation=False, verbose=False)["input_ids"]
@@ -214,6 +221,28 @@ class Tokenizer:
             sep_token="[SEP]",
         )
         return cls(backend, context_length=context_length, clean=clean)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """See whether a list holds strings that can be written as Unicode, and nothing else.
+
+    Raises:
+        ValueError: it is no list, or something in it is no text: its place and type.
+    """
+    if isinstance(texts, str):
+        raise ValueError("encoding takes a list of strings, not one string")
+    if not is_list(texts):
+        raise ValueError(f"encoding takes a list of strings, not a {type(texts).__name__}")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {place} is a {type(text).__name__}, not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {place} is no text: its character {error.start} is half of a pair "
+                f"(a lone surrogate, U+{ord(text[error.start]):04X})"
+            ) from error
 
 
 CLEANING = ("none", "whitespace", "lower", "canonicalize")
