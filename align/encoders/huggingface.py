@@ -2,7 +2,9 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +38,7 @@ def configuration(
     pretrained: bool,
     config: Mapping[str, Any] | None,
     options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
     """The configuration of one side of a Hugging Face model.
 
@@ -45,6 +48,7 @@ def configuration(
         pretrained: whether `name` must be a hub id or folder.
         config: the whole configuration; `name` is then not looked up.
         options: fields to change.
+        defaults: likewise, unless `options` does; those that the architecture lacks are left out.
 
     Raises:
         ValueError: an unknown architecture or field.
@@ -56,7 +60,8 @@ def configuration(
             raise ValueError("a configuration with auto_map runs code of others; it is refused")
         return AutoConfig.for_model(**config)
     if name in CONFIG_MAPPING and not pretrained:
-        found, resolve = AutoConfig.for_model(name), True
+        with _untold():
+            found, resolve = AutoConfig.for_model(name), True
     else:
         found, resolve = _published(name), False
     found = getattr(found, f"{side}_config", None) or found
@@ -66,6 +71,9 @@ def configuration(
         raise ValueError(
             f"hf:{name} has no option {unknown[0]!r}{near(unknown[0], known)}; it has {known}"
         )
+    # T5 has no id for the beginning of a text, for one.
+    fitting = {key: value for key, value in (defaults or {}).items() if hasattr(found, key)}
+    options = {**fitting, **options}
     if resolve:  # made once more, for what it derives from its fields
         try:
             return type(found)(**options)
@@ -74,6 +82,18 @@ def configuration(
     for key, value in options.items():
         setattr(found, key, value)
     return found
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Have transformers not warn of defaults that are looked at alone: some of SigLIP's clash."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _published(name: str) -> PretrainedConfig:
@@ -184,8 +204,11 @@ def pools(model: nn.Module) -> bool:
 
 
 def plain(settings: PretrainedConfig) -> dict[str, Any]:
-    """A configuration as JSON values, complete, whatever defaults a later version has."""
-    return json.loads(settings.to_json_string(use_diff=False))
+    """A configuration as JSON values, complete, whatever defaults a later version has.
+
+    Where it was read from is no part of it: that may be a folder of this machine.
+    """
+    return {**json.loads(settings.to_json_string(use_diff=False)), "_name_or_path": ""}
 
 
 def checkpoint_gradients(model: Any, enabled: bool) -> None:

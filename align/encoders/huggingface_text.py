@@ -48,14 +48,14 @@ class HuggingFaceTextEncoder(TextTower):
         **options: Any,
     ) -> None:
         super().__init__()
-        if vocabulary is not None and config is None and not pretrained:
-            ends = {} if vocabulary.end_id is None else {"eos_token_id": vocabulary.end_id}
-            fitted = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id}
-            # No tower reads where texts begin, and the default may be no entry.
-            fitted = {**fitted, "bos_token_id": None, **ends}
-            options = {**fitted, **options}
+        fresh = vocabulary is not None and config is None and not pretrained
         settings = configuration(
-            name, "text", pretrained=pretrained, config=config, options=options
+            name,
+            "text",
+            pretrained=pretrained,
+            config=config,
+            options=options,
+            defaults=_fitted(vocabulary) if fresh else {},
         )
         if not hasattr(settings, "vocab_size"):
             raise ValueError(f"hf:{name} is no text tower: it has no vocabulary")
@@ -148,6 +148,21 @@ _PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
 
 def _prune(transformer: Any, *, pooler: str, name: str) -> None:
     """Take away the architecture's own pooling where ours replaces it: it would stay untrained.
+def _fitted(vocabulary: Vocabulary) -> dict[str, int | None]:
+    """What a configuration has to say of a vocabulary, where it has such fields."""
+    fitted: dict[str, int | None] = {
+        "vocab_size": vocabulary.size,
+        "pad_token_id": vocabulary.pad_id,
+        # No tower reads where texts begin, and the default may be no entry.
+        "bos_token_id": None,
+        "cls_token_id": None,
+        "sep_token_id": vocabulary.end_id,
+    }
+    if vocabulary.end_id is not None:  # CLIP's own pooler looks for some end
+        fitted["eos_token_id"] = vocabulary.end_id
+    return fitted
+
+
 
     Raises:
         ValueError: it is wanted, and there is none.
