@@ -27,7 +27,7 @@ from align.encoders import (
 )
 from align.encoders.chunks import plan_chunks
 from align.encoders.pooling import IMAGE_POOLERS, NATIVE, POOLERS
-from align.encoders.tower import ImageTower, TextTower, TowerModule
+from align.encoders.tower import ImageTower, TextTower, TowerModule, Vocabulary
 
 SIDE = 32
 ROWS = 4
@@ -548,6 +548,24 @@ def test_a_picture_depends_on_itself_alone(tower, name):
 
 
 # --- texts ---
+
+
+@pytest.mark.parametrize("name", [name for name, one in TEXT_MEMBERS.items() if not one.write])
+def test_a_tower_from_scratch_takes_over_the_vocabulary_of_its_tokenizer(name):
+    member = TEXT_MEMBERS[name]
+    left_to_it = {
+        key: value
+        for key, value in member.options.items()
+        if key != "vocab_size" and not key.endswith(("_token_id", "eos_id", "pad_id"))
+    }
+    vocabulary = Vocabulary(size=60, pad_id=1, end_id=3)
+    made = build_text_tower(member.spec, vocabulary=vocabulary, **left_to_it)
+    assert made.vocabulary_size == 60
+    assert made.pad_id in {1, None}
+    assert made.end_id in {3, None}
+    assert made(*texts(made)).pooled.isfinite().all()
+    for key, value in made.recipe()["config"].items():
+        assert not key.endswith("_token_id") or value is None or value < 60, key
 
 
 @every_text_tower
