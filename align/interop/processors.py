@@ -1,6 +1,7 @@
 """Pictures and texts before the towers, in the files of Hugging Face's processors, both ways."""
 
 import json
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,19 +114,27 @@ def read_tokenizer(source: str, *, positions: int) -> Tokenizer:
 def write_processor(model: DualEncoder, folder: Path, *, family: str, masked: bool) -> None:
     """Write tokenizer, image processor and processor as `AutoProcessor` and its kin read them.
 
-    Texts are cut where ours are; where padding counts (SigLIP), they are cut and padded to the
-    length that the tower was trained with, be the context of ours shorter.
+    Texts are cut where ours are; where padding counts (SigLIP), they are padded to that length too.
 
     Args:
         model: whose pictures and texts they are.
         folder: where the model's configuration lies.
         family: `CLIP`, `Siglip` or `VisionTextDualEncoder`.
         masked: whether the text tower looks at an attention mask.
+
+    Raises:
+        ValueError: texts are cut elsewhere than where the tower has them padded to.
     """
+    length, padded = model.config.context_length, model.text.fixed_length
+    if padded not in {None, length}:
+        raise ValueError(
+            f"{model.text.name} pads texts to {padded} tokens, and the model cuts them to its "
+            f"context_length of {length}: Hugging Face's tokenizers do both at one length"
+        )
     tokenizer = _with_cleaning(model.tokenizer)
     backend = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=model.text.fixed_length or model.config.context_length,
+        model_max_length=length,
         padding_side="right",
         truncation_side="right",
         model_input_names=["input_ids", "attention_mask"] if masked else ["input_ids"],
@@ -155,21 +164,78 @@ def write_processor(model: DualEncoder, folder: Path, *, family: str, masked: bo
 def _with_cleaning(tokenizer: Tokenizer) -> RawTokenizer:
     """A copy whose own normaliser does what `Tokenizer.clean` does, as far as it can.
 
-    Case, punctuation and spaces; a normaliser cannot repair encodings nor resolve HTML entities.
+    `Tokenizer.clean` begins with `ftfy.fix_text`. Characters that stand for others, terminal
+    escapes, control characters, composition (NFC), case, punctuation and spaces can be said; a
+    normaliser cannot repair encodings nor resolve HTML entities.
     """
     raw = RawTokenizer.from_str(tokenizer.backend.backend_tokenizer.to_str())
     raw.no_truncation()
     raw.no_padding()
-    steps: list[Any] = []
+    if tokenizer.clean == "none":
+        return raw
+    steps: list[Any] = [normalizers.Replace(one, other) for one, other in _stand_ins().items()]
+    steps += [normalizers.Replace(Regex(one), other) for one, other in _REPAIRS]
+    steps.append(normalizers.NFC())
     if tokenizer.clean == "canonicalize":
         steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), "")]
     if tokenizer.clean in {"canonicalize", "lower"}:
         steps.append(normalizers.Lowercase())
-    if tokenizer.clean != "none":
-        steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-        own = [raw.normalizer] if raw.normalizer is not None else []
-        raw.normalizer = normalizers.Sequence([*steps, *own])  # pyright: ignore[reportAttributeAccessIssue]
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    own = [raw.normalizer] if raw.normalizer is not None else []
+    raw.normalizer = normalizers.Sequence([*steps, *own])  # pyright: ignore[reportAttributeAccessIssue]
     return raw
 
 
+def _stand_ins() -> dict[str, str]:
+    """Ligatures of Latin letters and characters of another width, with what they stand for.
+
+    Those that `ftfy.fix_text` replaces (Speer 2019); of the rest of NFKC it does nothing.
+    """
+    wide = [chr(code) for code in (0x3000, *range(0xFF01, 0xFFF0))]
+    known = {one: unicodedata.normalize("NFKC", one) for one in (*_LIGATURES, *wide)}
+    known["\N{LATIN SMALL LIGATURE LONG S T}"] = "\N{LATIN SMALL LETTER LONG S}t"
+    return {one: other for one, other in known.items() if one != other}
+
+
+_LIGATURES = [
+    *map(chr, (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))),
+    *map(chr, range(0xFB00, 0xFB07)),
+]
+_REPAIRS]
+    steps.append(normalizers.NFC())
+    if tokenizer.clean == "canonicalize":
+        steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), "")]
+    if tokenizer.clean in {"canonicalize", "lower"}:
+        steps.append(normalizers.Lowercase())
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    own = [raw.normalizer] if raw.normalizer is not None else []
+    raw.normalizer = normalizers.Sequence([*steps, *own])  # pyright: ignore[reportAttributeAccessIssue]
+    return raw
+
+
+def _stand_ins() -> dict[str, str]:
+    """Ligatures of Latin letters and characters of another width, with what they stand for.
+
+    Those that `ftfy.fix_text` replaces (Speer 2019); of the rest of NFKC it does nothing.
+    """
+    wide = [chr(code) for code in (0x3000, *range(0xFF01, 0xFFF0))]
+    known = {one: unicodedata.normalize("NFKC", one) for one in (*_LIGATURES, *wide)}
+    known["\N{LATIN SMALL LIGATURE LONG S T}"] = "\N{LATIN SMALL LETTER LONG S}t"
+    return {one: other for one, other in known.items() if one != other}
+
+
+_LIGATURES = [
+    chr(code)
+    for code in [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
+    + [*range(0xFB00, 0xFB07)]
+]
+_REPAIRS = (
+    (r"[\x{02BC}\x{2018}-\x{201B}]", "'"),
+    (r"[\x{201C}-\x{201F}]", '"'),
+    (r"\x1B\[[0-9;]*[a-zA-Z]", ""),  # a terminal's colours
+    (
+        r"[\x00-\x08\x0B\x0E-\x1F\x7F\x{206A}-\x{206F}\x{FEFF}\x{FFF9}-\x{FFFC}]",
+        "",
+    ),
+)
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
