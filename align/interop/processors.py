@@ -201,34 +201,6 @@ _LIGATURES = [
     *map(chr, (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))),
     *map(chr, range(0xFB00, 0xFB07)),
 ]
-_REPAIRS]
-    steps.append(normalizers.NFC())
-    if tokenizer.clean == "canonicalize":
-        steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), "")]
-    if tokenizer.clean in {"canonicalize", "lower"}:
-        steps.append(normalizers.Lowercase())
-    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    own = [raw.normalizer] if raw.normalizer is not None else []
-    raw.normalizer = normalizers.Sequence([*steps, *own])  # pyright: ignore[reportAttributeAccessIssue]
-    return raw
-
-
-def _stand_ins() -> dict[str, str]:
-    """Ligatures of Latin letters and characters of another width, with what they stand for.
-
-    Those that `ftfy.fix_text` replaces (Speer 2019); of the rest of NFKC it does nothing.
-    """
-    wide = [chr(code) for code in (0x3000, *range(0xFF01, 0xFFF0))]
-    known = {one: unicodedata.normalize("NFKC", one) for one in (*_LIGATURES, *wide)}
-    known["\N{LATIN SMALL LIGATURE LONG S T}"] = "\N{LATIN SMALL LETTER LONG S}t"
-    return {one: other for one, other in known.items() if one != other}
-
-
-_LIGATURES = [
-    chr(code)
-    for code in [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
-    + [*range(0xFB00, 0xFB07)]
-]
 _REPAIRS = (
     (r"[\x{02BC}\x{2018}-\x{201B}]", "'"),
     (r"[\x{201C}-\x{201F}]", '"'),
