@@ -194,6 +194,19 @@ def _with_weights(
     return model
 
 
+def title(name: str, settings: PretrainedConfig, *, pretrained: bool, given: bool) -> str:
+    """What a tower is called: an architecture or hub id; of a folder, which may move, its type.
+
+    Args:
+        name: what the tower was built by.
+        settings: its configuration.
+        pretrained: whether `name` must be a hub id or folder.
+        given: whether the configuration was given whole, so that `name` was not looked up.
+    """
+    looked_up = not given and (pretrained or name not in CONFIG_MAPPING)
+    return settings.model_type if looked_up and Path(name).is_dir() else name
+
+
 def pools(model: nn.Module) -> bool:
     """Whether an architecture has a pooled output of its own, as far as its signature tells."""
     returned = inspect.signature(type(model).forward).return_annotation

@@ -15,6 +15,7 @@ from align.encoders.huggingface import (
     configuration,
     plain,
     pools,
+    title,
 )
 from align.encoders.pooling import NATIVE, build_image_pooler
 from align.encoders.tower import Features, ImageTower, refuse_small
@@ -80,7 +81,8 @@ class HuggingFaceImageEncoder(ImageTower):
         self.width: int = self.token_width
         if pooling == NATIVE:
             self.width = getattr(settings, "pooler_output_size", None) or self.width
-        self.name = f"hf:{name}"
+        known_as = title(name, settings, pretrained=pretrained, given=config is not None)
+        self.name = f"hf:{known_as}"
         self.own = {"pooling": pooling, "attention": attention}
         self.picture_size = _built_for(self.vision)
         refuse_small(self.name, self.picture_size, getattr(settings, "patch_size", None))

@@ -13,6 +13,7 @@ from align.encoders.huggingface import (
     configuration,
     plain,
     pools,
+    title,
 )
 from align.encoders.pooling import NATIVE, build_pooler
 from align.encoders.tower import Features, TextTower, Vocabulary
@@ -70,7 +71,8 @@ class HuggingFaceTextEncoder(TextTower):
             prune=partial(_prune, pooler=pooler, name=name),
         )
         self.pooler = own_pooler
-        self.name = f"hf:{name}"
+        known_as = title(name, settings, pretrained=pretrained, given=config is not None)
+        self.name = f"hf:{known_as}"
         self.own = {"pooler": pooler, "attention": attention}
         self.width = self.token_width = width
         if pooler == NATIVE:
@@ -146,8 +148,6 @@ _PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
 """Architectures that attend to padding: it is part of what they were trained on."""
 
 
-def _prune(transformer: Any, *, pooler: str, name: str) -> None:
-    """Take away the architecture's own pooling where ours replaces it: it would stay untrained.
 def _fitted(vocabulary: Vocabulary) -> dict[str, int | None]:
     """What a configuration has to say of a vocabulary, where it has such fields."""
     fitted: dict[str, int | None] = {
@@ -163,6 +163,8 @@ def _fitted(vocabulary: Vocabulary) -> dict[str, int | None]:
     return fitted
 
 
+def _prune(transformer: Any, *, pooler: str, name: str) -> None:
+    """Take away the architecture's own pooling where ours replaces it: it would stay untrained.
 
     Raises:
         ValueError: it is wanted, and there is none.

@@ -45,6 +45,11 @@ class Source:
     weights: Path | None = None
     folder: Path | None = None
 
+    @property
+    def title(self) -> str:
+        """What its towers are called: the name, or `custom` where a folder is all that it has."""
+        return self.name if self.folder is None else "custom"
+
 
 def find_source(name: str, weights: str | bool = False) -> Source:
     """Find a model of OpenCLIP's, and its weights where they are wanted.

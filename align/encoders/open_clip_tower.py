@@ -92,7 +92,7 @@ class OpenCLIPImageEncoder(ImageTower):
         super().__init__(
             statistics[0] if mean is None else mean, statistics[1] if std is None else std
         )
-        self.name = f"open_clip:{name}"
+        self.name = f"open_clip:{name if source is None else source.title}"
         self.config = {
             key: whole[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in whole
         }
@@ -218,7 +218,7 @@ class OpenCLIPTextEncoder(TextTower):
         assert isinstance(text, TextTransformer)
         text.text_projection = None
         text.output_tokens = True
-        self.name = f"open_clip:{name}"
+        self.name = f"open_clip:{name if source is None else source.title}"
         self.config = {
             key: whole[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in whole
         }

@@ -106,11 +106,6 @@ def _fit(source: Source) -> str:
     return FITS[mode]
 
 
-def _title(source: Source) -> str:
-    """A name for towers that says where they are from, and nothing of this machine."""
-    return source.folder.resolve().name if source.folder is not None else source.name
-
-
 def _prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
@@ -133,7 +128,7 @@ def _statistics(source: Source) -> dict[str, list[float]]:
 
 def _image_half(visual: Any, source: Source, size: int) -> _Half:
     options = {**_options(source, "vision_cfg"), **_statistics(source)}
-    tower = Tower(f"open_clip:{_title(source)}", options, "none")
+    tower = Tower(f"open_clip:{source.title}", options, "none")
     state = visual.state_dict()
     match visual:
         case VisionTransformer():
@@ -229,7 +224,7 @@ def _text_half(theirs: Any, source: Source, tokenizer: Tokenizer) -> _Half:
         kind = "affine"
     options = _options(source, "text_cfg")
     _fit_to_tokenizer(options["config"]["text_cfg"], tokenizer, source)
-    tower = Tower(f"open_clip:{_title(source)}", options, kind)
+    tower = Tower(f"open_clip:{source.title}", options, kind)
     return _Half(tower, _prefixed("text.", state), projection)
 
 
