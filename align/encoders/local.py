@@ -17,7 +17,7 @@ def local_image_tower(name: str, **options: Any) -> ImageTower:
 
     Args:
         name: the folder.
-        options: passed to the library that wrote it.
+        options: passed to the library that wrote it; with `pretrained=False` weights are fresh.
 
     Raises:
         ValueError: there is no folder, or nothing in it that is known.
@@ -30,7 +30,7 @@ def local_text_tower(name: str, **options: Any) -> TextTower:
 
     Args:
         name: the folder.
-        options: passed to the library that wrote it.
+        options: passed to the library that wrote it; with `pretrained=False` weights are fresh.
 
     Raises:
         ValueError: there is no folder, or nothing in it that is known.
@@ -72,13 +72,15 @@ def _local_tower(folder: Path, side: str, options: dict[str, Any]) -> Any:
 
 
 def _from_bundle(folder: Path, recipe: dict[str, Any], side: str, options: dict[str, Any]) -> Any:
-    """The tower of a bundle, built by its recipe and given its weights."""
+    """The tower of a bundle, built by its recipe and given its weights, unless fresh ones do."""
     # The model around it tells each tower of its pictures or tokenizer; these have theirs.
     if unknown := sorted(options.keys() - {"image_size", "vocabulary", "pretrained"}):
         raise ValueError(f"local:{folder} is a bundle, which has no option {unknown[0]!r}")
     size = {"image_size": options["image_size"]} if options.get("image_size") else {}
     build = build_image_tower if side == "image" else build_text_tower
     tower = build(recipe.pop("name"), **{**recipe, **size})
+    if not options.get("pretrained", True):
+        return tower
     weights: dict[str, torch.Tensor] = {}
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
