@@ -49,8 +49,8 @@ class Learning:
     Attributes:
         rate: learning rate as a share of the run's; 0 = frozen.
         weight_decay: pull towards zero (Loshchilov and Hutter 2019, arXiv 1711.05101).
-        kind: a matrix or kernel; a table of entries (embeddings, positions), whose rows are no
-            directions of a map; or a gain, a bias, a temperature.
+        kind: a matrix or kernel; a table of entries (embeddings, positions, class tokens, queries
+            of a pooling), whose rows are no directions of a map; or a gain, a bias, a temperature.
     """
 
     rate: float
@@ -72,9 +72,9 @@ def how_it_learns(
     """How each parameter learns, by name.
 
     Without rules all learn at one rate. Matrices, kernels and tables of embeddings decay; gains,
-    biases and the temperature do not, since zero is no sensible default for them; nor does what an
-    architecture exempts by `no_weight_decay()`, as timm's and OpenCLIP's do their positions and
-    class tokens.
+    biases and the temperature do not, since zero is no sensible default for them; nor do positions,
+    class tokens and queries that are parameters of their own, whatever library they are of; nor
+    does what an architecture exempts by `no_weight_decay()`.
 
     Args:
         module: an objective or a model. Nothing of it changes, see `freeze`.
@@ -89,7 +89,7 @@ def how_it_learns(
         {'weight': Learning(rate=1.0, weight_decay=0.0, kind='gain'),
          'bias': Learning(rate=0.1, weight_decay=0.0, kind='gain')}
     """
-    tables, exempt = _tables(module), _exempt(module)
+    tables, exempt = _tables(module), _exempt(module) | _entries(module)
     found = {}
     for name, parameter in named(module).items():
         table = id(parameter) in tables or (id(parameter) in exempt and parameter.ndim > 1)
@@ -186,6 +186,22 @@ def _exempt(module: nn.Module) -> set[int]:
             names = set(wanted())  # pyright: ignore[reportArgumentType]
             found |= {id(one) for name, one in part.named_parameters() if name in names}
     return found
+
+
+def _entries(module: nn.Module) -> set[int]:
+    """Ids of positions, class tokens and queries: of more than one side, and no layer's weight.
+
+    Layers of all libraries name what maps `weight`, or like `in_proj_weight`. What has three sides
+    above one, such as a layer of experts, is a stack of matrices.
+    """
+    return {
+        id(parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim > 1
+        and "weight" not in name
+        and not (parameter.ndim == 3 and min(parameter.shape) > 1)
+    }
 
 
 def _matched(module: nn.Module, pattern: str) -> list[str]:

@@ -1,6 +1,7 @@
 """One vector out of many tokens; padding is never read."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -45,18 +46,21 @@ class AttentionPool(nn.Module):
     r"""A learned query that looks at the real tokens (Lee et al. 2019, arXiv 1810.00825, PMA).
 
     $\sum_i a_i x_i$ with $a = \mathrm{softmax}_i(q_h \cdot x_i / \sqrt{d_h})$ in each of the heads
-    over its own share of the channels. The query starts at zero, which is the mean; queries,
-    keys and values are not mapped first, so that it adds no more than `width` weights.
+    over its own share of the channels. There are as many heads as the largest divisor of `width`
+    that is no more than `MOST_HEADS`. The query starts at zero, which is the mean; queries, keys
+    and values are not mapped first, so that it adds no more than `width` weights.
 
     Args:
         width: of the tokens.
-        heads: parts of the channels that look on their own; the largest divisor of `width` that
-            is no more.
     """
 
-    def __init__(self, width: int, *, heads: int = 8) -> None:
+    MOST_HEADS: ClassVar[int] = 8
+    """What no recipe says: another number would read saved weights in another way."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = next(count for count in range(heads, 0, -1) if width % count == 0)
+        most = self.MOST_HEADS
+        self.heads = next(count for count in range(most, 0, -1) if width % count == 0)
         self.query = nn.Parameter(torch.zeros(width))
 
     def forward(
