@@ -141,6 +141,68 @@ def test_what_an_architecture_exempts_does_not_decay():
         assert found[name] == Learning(1.0, 0.0, "table")
 
 
+class Plugin(nn.Module):
+    """A tower of no library, with all that may be a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(5, 4))
+        self.grid = nn.Parameter(torch.zeros(1, 3, 3, 4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.experts = nn.Parameter(torch.zeros(3, 4, 5))
+        self.temperatures = nn.Parameter(torch.zeros(3, 1, 1))
+        self.level = nn.Parameter(torch.zeros(4))
+        self.map_weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def test_positions_and_tokens_are_known_by_being_no_layers_weight():
+    table, matrix = Learning(1.0, 0.0, "table"), Learning(1.0, 0.3, "matrix")
+    assert how_it_learns(Plugin(), weight_decay=0.3) == {
+        "places": table,
+        "grid": table,
+        "token": table,
+        "experts": matrix,
+        "temperatures": table,
+        "level": Learning(1.0, 0.0, "gain"),
+        "map_weight": matrix,
+    }
+
+
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "names"),
+    [
+        ("hf:vit", SIGLIP, ["embeddings.cls_token", "embeddings.position_embeddings"]),
+        ("hf:siglip_vision_model", SIGLIP, ["head.probe"]),
+        ("timm:vit_base_patch16_siglip_224", TINY_VIT, ["attn_pool.latent", "pos_embed"]),
+        (
+            "open_clip:ViT-B-32",
+            {"layers": 1, "width": 64, "patch_size": 16, "attentional_pool": True},
+            ["attn_pool.query", "positional_embedding"],
+        ),
+        ("open_clip:RN50", {"layers": [1] * 4, "width": 8}, ["attnpool.positional_embedding"]),
+    ],
+)
+def test_muon_and_decay_leave_positions_tokens_and_queries_alone(image, options, names):
+    model = tiny_model(image=image, image_options=options)
+    groups = parameter_groups(model, weight_decay=0.3)
+    for name in names:
+        wanted = [one for key, one in named(model).items() if key.endswith(name)]
+        assert wanted, name
+        for group in groups:
+            if {id(one) for one in wanted} & {id(one) for one in group["params"]}:
+                assert (group["use_fallback"], group["weight_decay"]) == (True, 0.0), name
+
+
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [

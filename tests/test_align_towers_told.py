@@ -222,6 +222,57 @@ def test_the_tower_of_a_bundle_takes_no_options(tmp_path):
         assert "no option 'pooling'" in message
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_tower_of_a_folder_can_be_had_without_its_weights(kind, tmp_path):
+    write, build, _ = FOLDERS[kind]
+    write(tmp_path / "tower")
+    saved = build(f"local:{tmp_path / 'tower'}")
+    fresh = build(f"local:{tmp_path / 'tower'}", pretrained=False)
+    assert fresh.recipe() == saved.recipe()
+    weights, others = saved.state_dict(), fresh.state_dict()
+    assert weights.keys() == others.keys()
+    wide = [key for key, value in weights.items() if value.ndim > 1 and key.endswith(".weight")]
+    assert wide
+    assert not any(torch.equal(weights[key], others[key]) for key in wide)
+
+
+NAMES = {
+    "bundle": "timm:vit_tiny_patch16_224",
+    "text of a bundle": "hf:bert",
+    "timm": "timm:resnet10t",
+    "hf image": "hf:clip_vision_model",
+    "hf text": "hf:bert",
+    "open_clip": "open_clip:custom",
+    "text of open_clip": "open_clip:custom",
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_neither_name_nor_recipe_of_a_tower_says_which_folder_it_was_read_from(kind, tmp_path):
+    write, build, _ = FOLDERS[kind]
+    for folder in (tmp_path / "a", tmp_path / "vit"):  # one is called as an architecture is
+        write(folder)
+        tower = build(f"local:{folder}")
+        assert tower.name == NAMES[kind]
+        assert str(tmp_path) not in json.dumps(tower.recipe())
+
+
+@pytest.mark.parametrize("write", [write_hf_text, write_hf_image])
+def test_a_folder_here_that_is_called_as_an_architecture_is_not_taken_for_it(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "vit")
+    build: Any = build_image_tower if write is write_hf_image else build_text_tower
+    read = build("hf:vit", pretrained=True)
+    assert read.name == f"hf:{read.recipe()['config']['model_type']}" != "hf:vit"
+    write(tmp_path / "own")
+    assert build(read.name, **read.recipe()).name == read.name
+    assert build("hf:own", **read.recipe()).name == "hf:own", "with a recipe a name is only that"
+    assert build_image_tower("hf:vit", **HF_VIT).recipe()["config"]["model_type"] == "vit"
+    assert build_image_tower("hf:vit", **HF_VIT).name == "hf:vit"
+
+
 def test_a_folder_has_no_tower_of_a_kind_that_it_does_not_hold(tmp_path):
     write_timm(tmp_path / "timm")
     assert "no text tower" in told(build_text_tower, f"local:{tmp_path / 'timm'}")
