@@ -49,14 +49,16 @@ class HuggingFaceTextEncoder(TextTower):
         **options: Any,
     ) -> None:
         super().__init__()
-        fresh = vocabulary is not None and config is None and not pretrained
+        defaults: Mapping[str, Any] = {}
+        if vocabulary is not None and config is None and not pretrained:
+            defaults = _fitted(vocabulary)
         settings = configuration(
             name,
             "text",
             pretrained=pretrained,
             config=config,
             options=options,
-            defaults=_fitted(vocabulary) if fresh else {},
+            defaults=defaults,
         )
         if not hasattr(settings, "vocab_size"):
             raise ValueError(f"hf:{name} is no text tower: it has no vocabulary")
