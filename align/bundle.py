@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align import hub, interop
 from align.card import Result, merged, model_card, with_results
-from align.folders import damage, whole_folder
+from align.folders import damage, identity, json_object, whole_folder
 from align.model import DualEncoder, DualEncoderConfig
 from align.quick import collector_rests
 from align.tokenizer import Tokenizer
@@ -35,7 +35,8 @@ from align.trust import data_alone, refuse_calls, refuse_intruders
 
 FORMAT = 2
 """Written; 1, which had neither a temperature nor texts cleaned, is read too."""
-_NEEDED = ("model.safetensors", "tokenizer/tokenizer.json", "config.json")
+_IDENTIFYING = ("model.safetensors", "tokenizer/tokenizer.json", "config.json")
+_NEEDED = (*_IDENTIFYING, "tokenizer/tokenizer_config.json")
 _RESULTS = 1
 
 
@@ -101,7 +102,8 @@ def load(path: Path | str) -> DualEncoder:
     Models of OpenCLIP and Hugging Face are read too (`align.interop.read_foreign`).
 
     A bundle is data: where there is code, a pickle or a link that leads elsewhere in the folder,
-    or the configuration asks for any of them, nothing of it is read (`align.trust`).
+    or the configuration asks for any of them, nothing of it is read (`align.trust`). One that is
+    replaced while it is read is read once more, from the start: never a mixture of two.
 
     Args:
         path: a folder that `save` wrote, or a hub id such as `someone/some-model` (which
@@ -109,44 +111,84 @@ def load(path: Path | str) -> DualEncoder:
             `open_clip:NAME@TAG`, `hf:OWNER/NAME`, a folder in OpenCLIP's or Hugging Face's format.
 
     Raises:
-        ValueError: there is no bundle, it is refused, or it is damaged.
+        ValueError: there is no bundle, it is refused, it is damaged, or it was replaced twice while
+            it was read.
     """
     if interop.is_foreign(path):
         return interop.read_foreign(path)
     folder = hub.find(path)
+    for _ in range(2):
+        before, model, refused = identity(folder, _NEEDED), None, None
+        try:
+            model = _load(folder, path)
+        except ValueError as error:
+            refused = error
+        if identity(folder, _NEEDED) == before:
+            if model is None:
+                raise refused or ValueError(path)
+            return model
+    raise ValueError(f"{path} was replaced while it was read, twice: load it when that is over")
+
+
+def _load(folder: Path, path: Path | str) -> DualEncoder:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} is no bundle: it has no config.json")
     refuse_intruders(folder)
+    try:
+        json_object(folder, "config.json")  # whose nesting `refuse_calls` follows
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged bundle: {error}") from error
     refuse_calls(folder)
     try:
         with collector_rests():
             return _read(folder)
-    except KeyError as error:
-        raise ValueError(f"{path} is a damaged bundle: its config.json lacks {error}") from error
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is a damaged bundle: {damage(error)}") from error
+    except Exception as error:  # each architecture has checks of its own, and some have none
+        what = f"{type(error).__name__}: {damage(error)}"
+        raise ValueError(f"{path} is a damaged bundle: {what}") from error
 
 
 def _read(folder: Path) -> DualEncoder:
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise ValueError(f"it has no {missing[0]}")
-    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    description = json_object(folder, "config.json")
+    if lacking := [key for key in ("format", "model") if key not in description]:
+        raise ValueError(f"its config.json lacks {lacking[0]!r}")
     version = description["format"]
-    if version not in (1, FORMAT):
+    if type(version) is not int or version not in (1, FORMAT):
         raise ValueError(f"format {version}; this version reads 1 and {FORMAT}")
-    config = DualEncoderConfig.from_dict(description["model"])
-    options = description["tokenizer"] if version == FORMAT else {}
-    # Not `AutoTokenizer`, which would look for a class of its own where all is in one file.
-    backend = PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
-    tokenizer = Tokenizer(backend, context_length=config.context_length, **options)
+    try:
+        config = DualEncoderConfig.from_dict(description["model"])
+    except ValueError as error:
+        raise ValueError(f"its config.json: {error}") from error
+    clean = "none" if version == 1 else _cleaning(description.get("tokenizer"))
+    tokenizer = Tokenizer(_backend(folder), context_length=config.context_length, clean=clean)
     with _NoDraws():
         model = DualEncoder(config, tokenizer)
     weights = load_file(folder / "model.safetensors")
     if version == 1:
         weights |= {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
     model.load_state_dict(weights)
-    _refuse_no_numbers(weights)
+    _refuse_no_numbers(weights, of=model)
     return model.eval()
+
+
+def _cleaning(values: Any) -> str:
+    if not isinstance(values, dict) or [*values] != ["clean"] or type(values["clean"]) is not str:
+        raise ValueError("its config.json says no `clean`, and nothing else, of the tokenizer")
+    return values["clean"]
+
+
+def _backend(folder: Path) -> PreTrainedTokenizerFast:
+    """Not by `AutoTokenizer`, which would look for a class of its own where all is in one file."""
+    json_object(folder, "tokenizer/tokenizer_config.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
+    except Exception as error:  # of many kinds
+        json_object(folder, "tokenizer/tokenizer.json")
+        what = f"{type(error).__name__}: {damage(error)}"
+        raise ValueError(f"its tokenizer/tokenizer.json is no tokenizer ({what})") from error
 
 
 class _NoDraws(TorchFunctionMode):
@@ -179,15 +221,32 @@ def _weights(model: DualEncoder) -> dict[str, Tensor]:
         place = (plain.device, plain.untyped_storage().data_ptr())
         weights[name] = plain.clone() if place in seen else plain
         seen.add(place)
-    _refuse_no_numbers(weights)
+    _refuse_no_numbers(weights, of=model)
     return weights
 
 
-def _refuse_no_numbers(weights: Mapping[str, Tensor]) -> None:
+def _refuse_no_numbers(weights: Mapping[str, Tensor], *, of: DualEncoder) -> None:
+    """Weights must be of the kind that the model computes with, and finite.
+
+    A buffer may be infinite, as masks of attention are; statistics and temperature may not.
+    """
+    buffers = {
+        name
+        for name, _ in of.named_buffers()
+        if not name.rpartition(".")[2].startswith(("running_", "logit_"))
+    }
+    expected = of.state_dict()
     for name, tensor in weights.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            kind = str(expected[name].dtype).removeprefix("torch.")
+            raise ValueError(f"the weight {name} is of {tensor.dtype}, where {kind} belongs")
         # A sum tells in one pass over memory; it may overflow, and only then is looked at closely.
-        if tensor.is_floating_point() and tensor.sum().isnan() and tensor.isnan().any():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        if tensor.isnan().any():
             raise ValueError(f"the weight {name} holds values that are no numbers (NaN)")
+        if name not in buffers and tensor.isinf().any():
+            raise ValueError(f"the weight {name} holds infinite values")
 
 
 def _self_contained(model: DualEncoder) -> DualEncoderConfig:
@@ -206,7 +265,7 @@ def is_bundle(folder: Path | str) -> bool:
     """Whether a folder is one that `save` wrote, by its `config.json`, damaged or not."""
     try:
         values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "format" in values and "model" in values
 
@@ -221,7 +280,7 @@ def fingerprint(path: Path | str) -> str:
         raise ValueError(f"{path} is no bundle; `align import {path} FOLDER` makes one of it")
     folder = hub.find(path)
     digest = hashlib.sha256()
-    for name in _NEEDED:
+    for name in _IDENTIFYING:
         if not (folder / name).is_file():
             raise ValueError(f"{path} is no bundle: it has no {name}")
         with (folder / name).open("rb") as handle:

@@ -1,11 +1,13 @@
 """Folders that are written whole or not at all."""
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -51,6 +53,36 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
 def _put_back(previous: Path, target: Path) -> None:
     if previous.exists() and not target.exists():
         previous.rename(target)
+
+
+def identity(folder: Path, names: Iterable[str]) -> list[tuple[int, ...]]:
+    """What changes when a file of a folder is replaced or written to; empty where one is missing.
+
+    A folder that is read file by file while `whole_folder` replaces it would be read as a mixture:
+    whoever reads one compares what this says before and after.
+    """
+    try:
+        found = [(folder / name).stat() for name in names]
+    except OSError:
+        return []
+    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
+
+def json_object(folder: Path, name: str) -> dict[str, Any]:
+    """The keys and values in a JSON file of a folder.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"its {name} is nested too deeply to be read") from error
+    except ValueError as error:
+        raise ValueError(f"its {name} is no JSON: {damage(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"its {name} holds {repr(values)[:40]}, and no keys with values")
+    return values
 
 
 def damage(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,44 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DualEncoderConfig":
-        """Back from `to_dict`."""
+        """Back from `to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is not of its type, or no size.
+        """
+        _check_fields(values, cls, "model")
+        for key in ("image", "text"):
+            _check_fields(values[key], Tower, f"model.{key}")
+        for key, most in _SIZES.items():
+            if not 0 < values.get(key, 1) <= most:
+                raise ValueError(f"model.{key} is {values[key]}: it is from 1 to {most}")
         towers = {key: Tower(**values[key]) for key in ("image", "text")}
         return cls(**{**values, **towers})
+
+
+_SIZES = {"dim": 2**16, "image_size": 2**13, "context_length": 2**20}
+"""What nobody means to exceed: more is damage, and would be asked of memory first."""
+
+
+def _check_fields(values: Any, kind: type, place: str) -> None:
+    """See whether JSON values are what the fields of a dataclass take."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} is {repr(values)[:40]}, and no table of keys")
+    known = {one.name: one for one in fields(kind)}
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{place} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    for key, one in known.items():
+        if key not in values:
+            if one.default is MISSING and one.default_factory is MISSING:
+                raise ValueError(f"{place} lacks {key!r}")
+        elif isinstance(one.type, type) and issubclass(one.type, int | str):
+            if type(values[key]) is not one.type:
+                raise ValueError(
+                    f"{place}.{key} is {repr(values[key])[:40]} ({type(values[key]).__name__}): "
+                    f"it takes {'an integer' if one.type is int else 'a text'}"
+                )
+        elif not isinstance(values[key], dict):
+            raise ValueError(f"{place}.{key} is {repr(values[key])[:40]}, and no table of keys")
 
 
 class DualEncoder(nn.Module):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -295,8 +296,45 @@ def test_infinite_values_are_weights(tmp_path):
     model = tiny_model()
     mask = torch.zeros(4)
     mask[:2] = torch.tensor([torch.inf, -torch.inf])
-    model.logit_bias = mask
+    model.text.register_buffer("causal", mask)
     save(model, tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["text_projection.weight", "logit_scale", "running_var"])
+def test_infinite_weights_are_neither_saved_nor_loaded(saved, tmp_path, name):
+    model: Any = tiny_model()
+    name = next(key for key in model.state_dict() if key.endswith(name))
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[0] = torch.inf
+    with pytest.raises(ValueError, match=f"{name} holds infinite"):
+        save(model, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    tensors = load_file(saved / "model.safetensors")
+    tensors[name].view(-1)[0] = -torch.inf
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"damaged bundle: the weight {name} holds infinite"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("text_projection.weight", torch.int64), ("num_batches_tracked", torch.float32)],
+)
+def test_weights_of_another_kind_of_number_are_refused(saved, name, dtype):
+    tensors = load_file(saved / "model.safetensors")
+    name = next(key for key in tensors if key.endswith(name))
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"the weight {name} is of {dtype}"):
+        load(saved)
+
+
+def test_large_weights_whose_sum_overflows_are_weights(tmp_path):
+    model: Any = tiny_model()
+    with torch.no_grad():
+        model.text_projection.weight.fill_(3e38)
+    save(model, tmp_path / "b")
+    assert torch.equal(load(tmp_path / "b").text_projection.weight, model.text_projection.weight)
 
 
 def test_the_fingerprint_is_of_weights_vocabulary_and_configuration(saved, tmp_path):
@@ -541,3 +579,131 @@ def test_loading_leaves_the_garbage_collector_as_it_was(saved):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# --- values of the wrong kind are told before anything is built ---
+
+
+def image_option(key: str, value: Any):
+    return edit(f"{key} {value}", "model", "image", "options", key, to=value)
+
+
+WRONG = [
+    *[
+        (edit(f"{key} {value!r}", "model", key, to=value), f"config.json: model.{key} is ")
+        for key in ("image_size", "context_length", "dim")
+        for value in ("32", 32.5, 32.0, True, [32], 0, -5, 10**9)
+    ],
+    (edit("a list of sizes", "model", "image_size", to={"a": None}), "model.image_size"),
+    (edit("fit", "model", "fit", to=3), "model.fit"),
+    (edit("projection", "model", "text", "projection", to=["linear"]), "model.text.projection"),
+    (edit("name", "model", "image", "name", to=3), "model.image.name"),
+    (edit("options", "model", "image", "options", to=[1]), "model.image.options"),
+    (edit("tower", "model", "image", to="timm:resnet10t"), "model.image"),
+    (edit("model", "model", to=[1]), "model is [1]"),
+    (edit("a tower too few", "model", "text", to=None), "model lacks 'text'"),
+    (edit("a name too few", "model", "text", "name", to=None), "model.text lacks 'name'"),
+    (edit("a key too many", "model", "image", "colour", to=1), "model.image has an unknown key"),
+    (edit("cleaning", "tokenizer", "clean", to=[1]), "config.json says no `clean`"),
+    (edit("tokenizer", "tokenizer", to=["lower"]), "config.json says no `clean`"),
+    (edit("format", "format", to=[2]), "format [2]"),
+    (edit("a true format", "format", to=True), "format True"),
+    *[
+        (image_option(key, value), "takes a number for each of 3 channels")
+        for key in ("mean", "std")
+        for value in ([float("nan")] * 3, [float("inf")] * 3, [0.5, 0.5])
+    ],
+    *[(image_option("std", [value] * 3), "deviations above 0") for value in (0.0, 1e-300, -1.0)],
+    *[(image_option("mean", value), "mean and std take a number") for value in (3, ["a"] * 3)],
+    (whole("config.json", b"[]"), "its config.json holds []"),
+    (whole("config.json", b"{}"), "is a damaged bundle: its config.json lacks 'format'"),
+    (whole("config.json", b"{"), "its config.json is no JSON"),
+    (whole("config.json", b"[" * 50_000), "its config.json is nested too deeply"),
+    (whole("tokenizer/tokenizer.json", b"{}"), "its tokenizer/tokenizer.json is no tokenizer"),
+    (whole("tokenizer/tokenizer.json", b"null"), "its tokenizer/tokenizer.json holds None"),
+    (whole("tokenizer/tokenizer_config.json", b"[]"), "its tokenizer/tokenizer_config.json holds"),
+    (drop("tokenizer/tokenizer_config.json"), "it has no tokenizer/tokenizer_config.json"),
+    (
+        edit("a width of text", "model", "text", "options", "config", "hidden_size", to="32"),
+        "hidden_size",
+    ),
+    (image_option("channels", [0, 0, 0, 0]), "damaged bundle: "),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), WRONG, ids=lambda one: getattr(one, "__name__", ""))
+def test_values_of_the_wrong_kind_are_one_line_that_names_file_and_key(
+    damage, told, saved, monkeypatch
+):
+    # Users have no types checked at run time; here they would be told first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    damage(saved)
+    with pytest.raises(ValueError, match=r".") as caught:
+        load(saved)
+    assert type(caught.value) is ValueError
+    assert told in str(caught.value)
+    assert str(saved) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_comes_back_as_it_was():
+    towers = (Tower("timm:resnet10t", TINY_RESNET), Tower("hf:bert", projection="mlp"))
+    config = DualEncoderConfig(*towers, dim=16, image_size=32, context_length=16, fit="squash")
+    assert DualEncoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# --- a bundle that is replaced while it is read ---
+
+
+def replaced_while_read(saved: Path, monkeypatch: pytest.MonkeyPatch, *, times: int) -> Any:
+    """Another model takes the place between the reading of the tokenizer and of the weights."""
+    others = [tiny_model(seed=seed, context_length=12) for seed in range(1, times + 1)]
+    original, last = bundle.load_file, others[-1]
+
+    def load_file_late(path):
+        if others:
+            save(others.pop(0), saved)
+        return original(path)
+
+    monkeypatch.setattr(bundle, "load_file", load_file_late)
+    return last
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(saved, monkeypatch):
+    other = replaced_while_read(saved, monkeypatch, times=1)
+    found = load(saved)
+    assert found.config.context_length == found.tokenizer.context_length == 12
+    assert torch.equal(found.encode_text(TEXTS), other.encode_text(TEXTS))
+
+
+def test_a_bundle_that_is_replaced_again_and_again_is_refused(saved, monkeypatch):
+    replaced_while_read(saved, monkeypatch, times=2)
+    with pytest.raises(ValueError, match="bundle was replaced while it was read, twice"):
+        load(saved)
+    load(saved)
+
+
+def test_damage_met_while_a_bundle_is_replaced_is_no_damage(saved, monkeypatch):
+    """Such as a file that is not there between two renames."""
+    other, original = tiny_model(seed=1), bundle.load_file
+
+    def vanished(path):
+        monkeypatch.setattr(bundle, "load_file", original)
+        save(other, saved)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+    monkeypatch.setattr(bundle, "load_file", vanished)
+    assert torch.equal(load(saved).encode_text(TEXTS), other.encode_text(TEXTS))
+
+
+def test_results_that_are_recorded_while_a_bundle_is_read_change_nothing(saved, monkeypatch):
+    reads, original = [], bundle.load_file
+
+    def record(path):
+        reads.append(path)
+        (saved / "results.json").write_text("{}")
+        return original(path)
+
+    monkeypatch.setattr(bundle, "load_file", record)
+    load(saved)
+    assert len(reads) == 1

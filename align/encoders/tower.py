@@ -1,6 +1,7 @@
 """What every tower promises, whatever library it comes from."""
 
 import difflib
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,6 +138,10 @@ class TowerModule(nn.Module, ABC):
         return state
 
 
+_LEAST_DEVIATION = 1e-6
+"""Of pixel values in [0, 1]; divided by less, they would no longer be numbers."""
+
+
 class ImageTower(TowerModule):
     """Pictures to vectors.
 
@@ -151,7 +156,7 @@ class ImageTower(TowerModule):
         picture_size: side of the pictures that the tower was built for; None = any.
 
     Raises:
-        ValueError: there are not three of each, or a deviation is not above zero.
+        ValueError: there are not three numbers of each, or a deviation is not above zero.
     """
 
     pixel_mean: Tensor
@@ -160,12 +165,15 @@ class ImageTower(TowerModule):
 
     def __init__(self, mean: Iterable[float], std: Iterable[float]) -> None:
         super().__init__()
-        self.statistics = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
+        try:
+            self.statistics = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mean and std take a number for each channel ({error})") from error
         for key, values in self.statistics.items():
-            if len(values) != 3 or (key == "std" and min(values) <= 0):
-                raise ValueError(
-                    f"{key} {values}: it takes a number for each of 3 channels, deviations above 0"
-                )
+            if len(values) != 3 or not all(map(math.isfinite, values)):
+                raise ValueError(f"{key} {values}: it takes a number for each of 3 channels")
+            if key == "std" and min(values) <= _LEAST_DEVIATION:
+                raise ValueError(f"std {values}: it takes deviations above 0 ({_LEAST_DEVIATION})")
         for key, values in self.statistics.items():
             buffer = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
             self.register_buffer(f"pixel_{key}", buffer, persistent=False)
