@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs_corpus import SHAPES, TINY_BERT, TINY_VIT, tiny_model
 from ranks import run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from align.losses import InfoNCE
+from align.model import DualEncoder
+from align.objective import ContrastiveObjective
 
 
 def slow_info_nce(image, text, labels, *, scale: float, smoothing: float) -> float:
@@ -173,3 +176,46 @@ def test_processes_give_the_gradient_of_the_whole_batch(tmp_path, world):
         for name, parameter in alone.named_parameters():
             assert parameter.grad is not None
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+def uneven_pairs(model: DualEncoder):
+    """384 pictures and texts of 1 to 16 tokens; those of the first half are the short ones."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (384, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    texts = [" ".join([SHAPES[at % 8]] * (at % 3 if at < 192 else at % 17)) for at in range(384)]
+    return images, model.tokenize(texts), torch.randint(0, 300, (384,), generator=generator)
+
+
+def real_objective() -> ContrastiveObjective:
+    deep = {**TINY_BERT, "num_hidden_layers": 2}
+    model = tiny_model(image="timm:vit_tiny_patch16_224", image_options=TINY_VIT, text_options=deep)
+    return ContrastiveObjective(model, InfoNCE(temperature=0.1)).train()
+
+
+def gradients_of_real_towers(rank: int, world: int, folder: str, chunks: int) -> None:
+    objective = real_objective()
+    objective.model.text.chunks = chunks
+    images, tokens, labels = uneven_pairs(objective.model)
+    rows = 384 // world
+    mine = slice(rank * rows, (rank + 1) * rows)
+    width = int(tokens.mask[mine].sum(dim=1).max())  # as a loader of its own would pad them
+    given_ = images[mine], tokens.ids[mine, :width], tokens.mask[mine, :width], labels[mine]
+    model = DistributedDataParallel(objective)  # which has to live until all is derived
+    model(*given_).loss.backward()
+    gradients = {name: p.grad for name, p in model.module.named_parameters()}
+    torch.save(gradients, Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_with_texts_of_other_lengths_give_the_gradient_of_one(tmp_path):
+    alone = real_objective()
+    alone.model.text.chunks = 1
+    images, tokens, labels = uneven_pairs(alone.model)
+    alone(images, tokens.ids, tokens.mask, labels).loss.backward()
+    run_ranks(gradients_of_real_towers, 2, str(tmp_path), 3)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in alone.named_parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 1e-4 or name.endswith("key.bias"), name
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-5)

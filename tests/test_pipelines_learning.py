@@ -1,7 +1,10 @@
 """A run in which parts are locked or learn slowly; compiled, checkpointed, cut into chunks."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from pairs_corpus import (
+    COLOURS,
+    SHAPES,
     TINY_BERT,
     TINY_RESNET,
     TINY_VIT,
+    encoded,
+    picture,
     tiny_model,
     tiny_pretrain,
     tiny_tokenizer,
@@ -24,7 +31,7 @@ from test_pipelines_pretrain import metrics, rank_environment, weights
 
 import align
 from align.checkpoint import checkpoints
-from align.encoders import build_image_tower
+from align.encoders import build_image_tower, tower
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective
 from align.parameters import how_it_learns
@@ -32,6 +39,8 @@ from pipelines import pretrain, run_folder, training
 from pipelines.config import ConfigError, build
 from pipelines.learning import Row, format_rows, learning_rules, summary
 from pipelines.schemas import PretrainConfig
+from shards.packing import pack
+from shards.sources import Record
 
 VIT: dict[str, Any] = {
     "name": "timm:vit_tiny_patch16_224",
@@ -155,6 +164,55 @@ def test_a_run_with_rules_goes_on_bit_for_bit_and_says_what_learns(data, tmp_pat
     shutil.rmtree(out / "bundle")
     again = layered(data, out, samples=96, save_every=32, resume=True)
     assert pretrain.run(config(again)) == 0
+    assert weights(out) == expected
+    assert metrics(out) == figures
+
+
+@pytest.fixture(scope="module")
+def told_at_length(tmp_path_factory) -> Path:
+    """384 pictures whose captions have from one word to more than a text holds."""
+    folder = tmp_path_factory.mktemp("long") / "data"
+    records = [
+        Record(
+            key=str(at),
+            image=encoded(picture([*COLOURS][at % 6], SHAPES[at // 6 % 8])),
+            caption=" ".join([[*COLOURS][at % 6], *[SHAPES[at // 6 % 8]] * (at * at % 19)]),
+            fields={},
+        )
+        for at in range(384)
+    ]
+    pack(records, folder, samples_per_shard=96, shuffle_seed=0)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_with_locks_and_dropout_and_many_chunks_goes_on_bit_for_bit(
+    told_at_length, tmp_path, monkeypatch
+):
+    plans, plan = [], tower.plan_chunks
+    monkeypatch.setattr(
+        tower, "plan_chunks", lambda *given: plans.append(plan(*given)) or plans[-1]
+    )
+    out = tmp_path / "run"
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    values = tiny_pretrain(
+        told_at_length,
+        out,
+        model__image={**VIT, "trainable": 2},
+        model__text={**BERT, "options": {**BERT["options"], **dropout}, "trainable": 2},
+        **{"batch_size": 192, "samples": 768, "save_every": 192, "text_chunks": 3},
+    )
+    assert pretrain.run(config(values)) == 0
+    expected, figures = weights(out), metrics(out)
+    assert all(len(chunks) == 3 for chunks in plans)
+    assert all(len({chunk.length for chunk in chunks}) == 3 for chunks in plans)
+    assert len(figures) == 4
+    for path in checkpoints(out)[1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(out / "bundle")
+    steps = len(plans)
+    assert pretrain.run(config({**values, "resume": True})) == 0
+    assert 0 < len(plans) - steps < steps
     assert weights(out) == expected
     assert metrics(out) == figures
 
@@ -401,28 +459,38 @@ def test_a_copy_of_a_compiled_tower_computes_with_its_own_weights(without_induct
     assert list(tower.state_dict()) == list(other.state_dict()) == names
 
 
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+MANY_LENGTHS = """
+import copy
+
+import torch
+from pairs_corpus import tiny_model
+
+model = tiny_model(context_length=24)
+plain = copy.deepcopy(model.text)
+model.text.compile(backend="eager")
+first = 0
+for length in range(2, 20):
+    texts = [" ".join(["red blue dot"] * (length // 3 + row)) for row in range(3)]
+    tokens = model.tokenize([*texts, "red"])
+    found, expected = (tower.pool(tokens.ids, tokens.mask) for tower in (model.text, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    first = first or graphs
+print(first, graphs)
+"""
 
 
 @pytest.mark.slow
 def test_texts_of_many_lengths_are_compiled_a_few_times_and_computed_right():
-    model = tiny_model(text_options={**TINY_BERT, "num_hidden_layers": 1}, context_length=24)
-    plain = copy.deepcopy(model.text)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.text.compile()
-    try:
-        first = 0
-        for length in range(2, 20):
-            texts = [" ".join(["red blue dot"] * (length // 3 + row)) for row in range(3)]
-            tokens = model.tokenize([*texts, "red"])
-            pooled = model.text.pool(tokens.ids, tokens.mask)
-            torch.testing.assert_close(
-                pooled, plain.pool(tokens.ids, tokens.mask), rtol=1e-4, atol=1e-4
-            )
-            first = first or graphs()
-        assert first > 0
-        assert graphs() <= first + 2
-    finally:
-        torch._dynamo.reset()
+    """In a process of its own: the shapes that a test run checks break graphs in pieces."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_LENGTHS],
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = map(int, done.stdout.split())
+    assert 1 <= first <= last <= 4
