@@ -1,14 +1,18 @@
-"""What learns and how fast: a run's configuration as rules, and the table that tells of it."""
+"""What learns, from which weights and how fast: a configuration as rules, and the run's tale."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import CONFIG_MAPPING
 
+from align.encoders.tower import ImageTower, TextTower
 from align.model import DualEncoder
 from align.parameters import Learning, Rule, falling, locked, named
 from pipelines.config import ConfigError
 from pipelines.schemas import PretrainConfig
+from pipelines.schemas.training import ImageTowerConfig, TextTowerConfig
 
 
 def learning_rules(config: PretrainConfig, model: DualEncoder) -> list[Rule]:
@@ -18,10 +22,7 @@ def learning_rules(config: PretrainConfig, model: DualEncoder) -> list[Rule]:
         ConfigError: a tower has fewer groups of layers than are to be trainable.
     """
     rules = []
-    for side, wanted, tower in (
-        ("image", config.model.image, model.image),
-        ("text", config.model.text, model.text),
-    ):
+    for side, wanted, tower in _sides(config, model):
         if wanted.layer_decay != 1:
             rules += falling(side, tower, factor=wanted.layer_decay)
         if wanted.trainable is not None:
@@ -33,6 +34,99 @@ def learning_rules(config: PretrainConfig, model: DualEncoder) -> list[Rule]:
         Rule(rule.match, rate=rule.rate, weight_decay=rule.weight_decay)
         for rule in config.optimizer.rules
     ]
+
+
+def _sides(
+    config: PretrainConfig, model: DualEncoder
+) -> Iterator[tuple[str, ImageTowerConfig | TextTowerConfig, ImageTower | TextTower]]:
+    yield "image", config.model.image, model.image
+    yield "text", config.model.text, model.text
+
+
+def origins(config: PretrainConfig, model: DualEncoder) -> list[str]:
+    """Where the weights of each tower come from, in a line."""
+    lines = []
+    for side, wanted, tower in _sides(config, model):
+        line = f"{side}: {tower.name}, "
+        if source := _source(wanted.name, wanted.options):
+            line += source
+            if wanted.projection != "none":
+                line += "; its projection begins anew"
+        else:
+            line += "fresh weights"
+            if place := _place(wanted.name, wanted.options):
+                line += f" (model.{side}.options.pretrained=true takes those of {place})"
+        lines.append(line)
+    return lines
+
+
+def locked_at_random(
+    config: PretrainConfig, model: DualEncoder, learning: Mapping[str, Learning]
+) -> list[str]:
+    """A note for each tower of which something is locked that never got weights.
+
+    Gains and biases do not count: they begin at one and zero, where a layer does its work.
+
+    Args:
+        config: of the run.
+        model: what `learning` tells of, before anything of it is frozen: what an architecture
+            holds fixed by itself is not meant.
+        learning: from `how_it_learns`.
+    """
+    notes = []
+    for side, wanted, tower in _sides(config, model):
+        if _source(wanted.name, wanted.options):
+            continue
+        sizes = {
+            f"{side}.{name}": one.numel()
+            for name, one in tower.named_parameters()
+            if one.requires_grad and learning[f"{side}.{name}"].kind != "gain"
+        }
+        still = sum(size for name, size in sizes.items() if learning[name].rate == 0)
+        if not still:
+            continue
+        what = f"the {side} tower is locked at random weights"
+        if still < sum(sizes.values()):
+            share = f"{_count(still)} of {_count(sum(sizes.values()))}"
+            what = f"{share} weights of the {side} tower are locked as they were drawn at random"
+        notes.append(f"note: {what}: {_remedy(side, wanted.name, wanted.options)}")
+    return notes
+
+
+def _source(name: str, options: Mapping[str, Any]) -> str | None:
+    """Which weights a tower gets; None = it is drawn at random."""
+    library = name.partition(":")[0]
+    pretrained = options.get("pretrained", library == "local")
+    if not pretrained:
+        return None
+    if isinstance(pretrained, str):  # a tag of OpenCLIP's, or a file
+        return f"weights from {pretrained}"
+    place = _place(name, options)
+    return f"weights from {place}" if place else "published weights"
+
+
+def _place(name: str, options: Mapping[str, Any]) -> str | None:
+    """The folder or hub id that a tower's name names; None for an architecture."""
+    library, _, rest = name.partition(":")
+    kind, _, place = rest.partition(":")
+    if place and kind in ("local-dir", "hf-hub"):
+        return place
+    if library == "hf":
+        known = rest in CONFIG_MAPPING and not options.get("pretrained")
+        return None if known or "config" in options else rest
+    return rest if library == "local" else None
+
+
+def _remedy(side: str, name: str, options: Mapping[str, Any]) -> str:
+    """How a tower gets weights."""
+    if place := _place(name, options):
+        return f"model.{side}.options.pretrained=true takes those of {place}"
+    library = name.partition(":")[0]
+    other = {
+        "timm": f"model.{side}.options.pretrained=true",
+        "open_clip": f"model.{side}.options.pretrained=TAG",
+    }.get(library, f"model.{side}.name=hf:HUB-ID with model.{side}.options.pretrained=true")
+    return f"name some with model.{side}.name=local:FOLDER or {other}"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import embed_pairs, left_out
 from pipelines.evaluate import retrieval_report
-from pipelines.learning import format_rows, summary
+from pipelines.learning import format_rows, origins, summary
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import PretrainConfig
 from pipelines.training import Training, build, training_pictures
@@ -51,8 +51,7 @@ def run(config: PretrainConfig) -> int:
             resume(training)
         if accelerator.is_main_process:
             record(training)
-            print(plan(training), flush=True)
-            print(what_learns(training), flush=True)
+            print(*introduction(training), sep="\n", flush=True)
         finished = train(training)
         if finished and accelerator.is_main_process:
             # A run that was resumed at its very end has not measured it.
@@ -108,6 +107,17 @@ _MAY_CHANGE = {
     "gradient_checkpointing",
     "text_chunks",
 }
+
+
+def introduction(training: Training) -> list[str]:
+    """What is said before the first step: plan, origin of the weights, what learns, notes."""
+    lines = [plan(training)]
+    if not training.step:  # else they come from the checkpoint
+        lines += origins(training.config, training.objective.model)
+    lines += [what_learns(training), *training.notes]
+    if training.config.compile:
+        lines.append("compiling the towers: the first step with pictures of a new size is slow")
+    return lines
 
 
 def plan(training: Training) -> str:

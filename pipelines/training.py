@@ -21,7 +21,8 @@ from align.tokenizer_source import tokenizer_of
 from eval.results import Report
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
-from pipelines.learning import learning_rules
+from pipelines.importing import no_bars
+from pipelines.learning import learning_rules, locked_at_random
 from pipelines.schemas import ModelConfig, PretrainConfig
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
@@ -46,6 +47,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
     fingerprint: str
+    notes: list[str]  # on what is locked at random weights
     step: int = 0
     skipped: int = 0
     bad_samples: int = 0  # met by all processes since the run began
@@ -154,6 +156,7 @@ def assemble(
     objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
     rules, decay = learning_rules(config, objective.model), config.optimizer.weight_decay
     learning = how_it_learns(objective, rules, weight_decay=decay)
+    notes = locked_at_random(config, objective.model, learning)
     freeze(objective, learning)
     optimizer = build_optimizer(
         config.optimizer.name,
@@ -180,6 +183,7 @@ def assemble(
         optimizer=optimizer,
         average=average,
         fingerprint=loader.manifest.fingerprint,
+        notes=notes,
     )
 
 
@@ -240,17 +244,16 @@ def share_statistics(
 
 def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
     """The dual encoder that a configuration describes."""
-    return DualEncoder(
-        DualEncoderConfig(
-            image=Tower(config.image.name, dict(config.image.options), config.image.projection),
-            text=Tower(config.text.name, dict(config.text.options), config.text.projection),
-            dim=config.dim,
-            image_size=config.image_size,
-            context_length=config.context_length,
-            fit=config.fit,
-        ),
-        tokenizer,
+    description = DualEncoderConfig(
+        image=Tower(config.image.name, dict(config.image.options), config.image.projection),
+        text=Tower(config.text.name, dict(config.text.options), config.text.projection),
+        dim=config.dim,
+        image_size=config.image_size,
+        context_length=config.context_length,
+        fit=config.fit,
     )
+    with no_bars():
+        return DualEncoder(description, tokenizer)
 
 
 def open_sources(config: PretrainConfig) -> list[Source]:

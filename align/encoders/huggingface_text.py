@@ -62,6 +62,11 @@ class HuggingFaceTextEncoder(TextTower):
         )
         if not hasattr(settings, "vocab_size"):
             raise ValueError(f"hf:{name} is no text tower: it has no vocabulary")
+        if settings.model_type in _PADDING_LEAKS:
+            raise ValueError(
+                f"hf:{name} brings neighbouring tokens together, padding among them: a text's "
+                "vector would depend on the other texts of its batch; choose another architecture"
+            )
         width: int = settings.hidden_size
         own_pooler = None if pooler == NATIVE else build_pooler(pooler, width)
         self.config = plain(settings)  # before it is built: T5 changes what it is given
@@ -148,6 +153,8 @@ _TAKE_EMBEDDINGS = {
 """Architectures that do the same with the rows of their table as with ids, padded on the right."""
 _PADDING_COUNTS = {"siglip_text_model", "siglip2_text_model"}
 """Architectures that attend to padding: it is part of what they were trained on."""
+_PADDING_LEAKS = {"funnel"}
+"""Architectures whose results depend on how far a text is padded, whatever its mask says."""
 
 
 def _fitted(vocabulary: Vocabulary) -> dict[str, int | None]:
