@@ -45,6 +45,8 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
             raise OSError(
                 errno.EIO, f"could not be written: {damage(error)}", str(target)
             ) from error
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
         raise
     _flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
