@@ -1,6 +1,7 @@
 """Hugging Face's whole models as ours and back: the same logits, the same tokens, like pixels."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from align.interop.huggingface_parts import as_huggingface
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.tokenizer import Tokenizer
 
+SCALE = math.log(37.5)  # no default
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -108,7 +110,11 @@ def theirs(kind: str, folder: Path, **pixels: Any) -> Any:
                 projection_dim=16,
             )
             model = transformers.VisionTextDualEncoderModel(config)
-    stir(model).save_pretrained(folder)
+    with torch.no_grad():
+        stir(model).logit_scale.fill_(SCALE)
+        if kind == "siglip":
+            model.logit_bias.fill_(-4.25)
+    model.save_pretrained(folder)
     tokenizer.save(folder)
     if kind == "siglip":
         processor: Any = transformers.SiglipImageProcessor
@@ -124,8 +130,9 @@ def theirs(kind: str, folder: Path, **pixels: Any) -> Any:
 def ours(image: Tower, text: Tower, *, tokenizer: Tokenizer | None = None, **more: Any) -> Any:
     torch.manual_seed(0)
     config = {"dim": 16, "image_size": 32, "context_length": 16, **more}
-    model = DualEncoder(DualEncoderConfig(image, text, **config), tokenizer or tiny_tokenizer())
-    model.logit_scale.fill_(3.0)
+    tokenizer = tokenizer or tiny_tokenizer(context_length=config["context_length"])
+    model = DualEncoder(DualEncoderConfig(image, text, **config), tokenizer)
+    model.logit_scale.fill_(SCALE)
     return stir(model)
 
 
@@ -155,7 +162,7 @@ def our_logits(model: DualEncoder, images: torch.Tensor) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    torch.testing.assert_close(a, b, atol=1e-6 * math.exp(SCALE), rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "timm"])
@@ -369,11 +376,13 @@ def test_texts_become_the_same_tokens_in_transformers(clean, tmp_path):
 
 
 def test_siglip_s_texts_come_without_a_mask_and_as_long_as_it_was_trained(tmp_path):
-    model = ours(*SIGLIP, dim=24, context_length=12)  # of the 16 that its texts are padded to
-    write_huggingface(model, tmp_path / "out")
+    write_huggingface(ours(*SIGLIP, dim=24), tmp_path / "out")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(["red"], padding="max_length")
     assert set(tokens) == {"input_ids"}
     assert len(tokens["input_ids"][0]) == 16
+    shorter = ours(*SIGLIP, dim=24, context_length=12)
+    with pytest.raises(ValueError, match=r"pads texts to 16 tokens, .* context_length of 12"):
+        write_huggingface(shorter, tmp_path / "shorter")
 
 
 def their_pixels(folder: Path, images: list[Image.Image]) -> torch.Tensor:
@@ -564,10 +573,24 @@ def test_logits_that_came_out_different_are_not_written(tmp_path, monkeypatch):
         return family, whole
 
     monkeypatch.setattr("align.interop.huggingface.as_huggingface", wrong)
-    with pytest.raises(ValueError, match="other logits as CLIPModel") as error:
+    with pytest.raises(ValueError, match="gives other logits in transformers") as error:
         write_huggingface(ours(*CLIP), tmp_path / "out")
     one_line(error, "nothing was written")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["vision_config", "text_config"])
+def test_an_activation_by_another_formula_is_more_than_rounding(side, tmp_path, monkeypatch):
+    def wrong(model: DualEncoder) -> Any:
+        family, whole = as_huggingface(model)
+        assert getattr(whole.config, side).hidden_act == "gelu"
+        getattr(whole.config, side).hidden_act = "gelu_pytorch_tanh"
+        return family, whole
+
+    monkeypatch.setattr("align.interop.huggingface.as_huggingface", wrong)
+    towers = [Tower(one.name, {**one.options, "hidden_act": "gelu"}) for one in CLIP]
+    with pytest.raises(ValueError, match=r"cosines differ by \d"):
+        write_huggingface(ours(*towers), tmp_path / "out")
 
 
 def test_the_readme_says_how_to_open_what_was_written(tmp_path):

@@ -1,6 +1,7 @@
 """OpenCLIP's models read here, and ours opened there: the same logits, tokens and weights."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.tokenizer import Tokenizer
 
 SIDE = 32
+SCALE, BIAS = math.log(37.5), -4.25  # neither a default nor what a configuration says
 TEXTS = [
     "red circle",
     "a green cross, and a black dot in a yellow ring!",
@@ -124,6 +126,14 @@ def stir(module: torch.nn.Module) -> None:
                 value.add_(0.05 * torch.rand(value.shape, generator=generator))
 
 
+@torch.no_grad()
+def set_temperature(model: Any) -> None:
+    """A scale, and where a model has one a bias, that nothing else would give."""
+    model.logit_scale.fill_(SCALE)
+    if model.logit_bias is not None:
+        model.logit_bias.fill_(BIAS)
+
+
 def write_theirs(folder: Path, name: str, **preprocess: Any) -> Any:
     """A folder as OpenCLIP's `save_for_hf` writes it; returns the model."""
     config = json.loads(json.dumps({"embed_dim": 24, **MODELS[name]}))
@@ -143,6 +153,7 @@ def write_theirs(folder: Path, name: str, **preprocess: Any) -> Any:
         f"local-dir:{folder}", load_weights=False, pretrained_text=False, pretrained_image=False
     ).eval()
     stir(model)
+    set_temperature(model)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     return model
@@ -161,11 +172,13 @@ def assert_equal_logits(ours: DualEncoder, theirs: Any, source: str) -> None:
     images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     texts = TEXTS if ours.tokenizer.clean != "none" else TEXTS[:-1]  # OpenCLIP's always clean
     ids = open_clip.get_tokenizer(source)(texts)
-    theirs.logit_scale.fill_(ours.logit_scale)
     expected, _ = theirs.get_logits((images.float() - tower.pixel_mean) / tower.pixel_std, ids)
     found = ours.logits(ours.encode_image(images), ours.encode_text(texts))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-6 * math.exp(SCALE), rtol=0)
     assert expected.std().item() > 1e-3  # pictures and texts make a difference
+    assert ours.logit_scale.item() == theirs.logit_scale.item()
+    bias = 0.0 if theirs.logit_bias is None else theirs.logit_bias.item()
+    assert ours.logit_bias.item() == bias
 
 
 def assert_equal_weights(ours: DualEncoder, other: DualEncoder) -> None:
@@ -225,6 +238,7 @@ def our_model(image: str, text: str, **changes: Any) -> DualEncoder:
     )
     model = DualEncoder(config, tokenizer).eval()
     stir(model)
+    set_temperature(model)
     return model
 
 
@@ -295,17 +309,13 @@ def test_a_model_of_ours_opens_in_open_clip_with_equal_logits(tmp_path: Path, na
         },
         fit="squash",
     )
-    model.logit_scale.fill_(2.5)
-    model.logit_bias.fill_(-1.5)
     write_open_clip(model, tmp_path / "out")
     source = f"local-dir:{tmp_path / 'out'}"
     theirs: Any = open_clip.create_model(source).eval()
-    assert theirs.logit_scale.item() == 2.5
-    assert theirs.logit_bias.item() == -1.5
     assert_equal_logits(model, theirs, source)
     assert theirs.visual.preprocess_cfg["resize_mode"] == "squash"
     assert_equal_logits(read_open_clip(source), theirs, source)
-    assert "local-dir:out" in (tmp_path / "out" / "README.md").read_text()
+    assert "local-dir:." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_hugging_faces_clip_is_written_in_open_clips_names(tmp_path: Path) -> None:
@@ -560,7 +570,7 @@ def test_an_export_that_would_say_something_else_is_not_left_behind(
     model = our_model("open_clip:ViT-B-32", "open_clip:ViT-B-32", options=options)
     whole = model.encode_text
     monkeypatch.setattr(model, "encode_text", lambda texts: whole(texts) + 0.01)
-    with pytest.raises(ValueError, match="its texts would be embedded otherwise"):
+    with pytest.raises(ValueError, match=r"gives other logits in OpenCLIP .*nothing was written"):
         write_open_clip(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -240,7 +240,11 @@ def one_line(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HTTPError, OSError, LookupError, SafetensorError) as error:
+    except _ERRORS as error:
         raise ValueError(f"{what}: {damage(error)}") from error
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {damage(error)}") from error
+
+
+_ERRORS = (
+    *(HTTPError, OSError, LookupError, SafetensorError),
+    *(AssertionError, AttributeError, RuntimeError, TypeError, ValueError),
+)

@@ -14,6 +14,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from align.interop.agreement import Agreement
     from align.model import DualEncoder
 
 EXPORTS = {
@@ -21,7 +22,8 @@ EXPORTS = {
     "hf": "align.interop.huggingface:write_huggingface",
     "onnx": "align.interop.onnx:write_onnx",
 }
-"""What writes a model for another library: `function(model, folder)`."""
+"""What writes a model for another library: `function(model, folder)`, which returns how far the
+two agree (`align.interop.agreement.check`) before the folder is put in its place."""
 READERS = {
     "open_clip": "align.interop.open_clip:read_open_clip",
     "hf": "align.interop.huggingface:read_huggingface",
@@ -55,8 +57,10 @@ FILES = {
 
 def export(
     model: "DualEncoder | Path | str", folder: Path | str, *, to: str, overwrite: bool = False
-) -> None:
+) -> "Agreement | None":
     """Write a model so that another library opens it, with equal logits; whole or not at all.
+
+    What was written is opened with that library and compared before it is put in its place.
 
     Args:
         model: ours, or what `align.load` takes.
@@ -64,9 +68,13 @@ def export(
         to: one of `EXPORTS`.
         overwrite: replace a model of this format that the folder holds.
 
+    Returns:
+        How far the cosines of both libraries are apart; None where the one that opens the format
+        is not installed.
+
     Raises:
-        ValueError: an unknown format, a model that cannot be said in it, a folder in use, or a
-            library that is not installed.
+        ValueError: an unknown format, a model that cannot be said in it or comes out different, a
+            folder in use, or a library that is not installed.
     """
     if to not in EXPORTS:
         raise ValueError(f"unknown format {to!r}; known: {', '.join(EXPORTS)}")
@@ -77,7 +85,7 @@ def export(
         from align.bundle import load
 
         model = load(model)
-    resolve_name(EXPORTS[to])(model, folder)
+    return resolve_name(EXPORTS[to])(model, folder)
 
 
 def read_foreign(source: Path | str) -> "DualEncoder":
@@ -180,6 +188,6 @@ def _json(path: Path) -> dict[str, Any]:
     """A mapping out of a file; an empty one where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

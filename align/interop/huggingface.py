@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from align.encoders.huggingface import plain
 from align.encoders.huggingface_text import longest_text
+from align.encoders.reach import hub_if_it_answers
 from align.encoders.tower import first_line, refusals
 from align.folders import whole_folder
+from align.interop.agreement import Agreement, caveat, check
 from align.interop.clip_names import LEGACY_END, to_huggingface
 from align.interop.huggingface_parts import FAMILIES, as_huggingface
 from align.interop.processors import (
@@ -27,6 +29,7 @@ from align.interop.processors import (
     write_processor,
 )
 from align.interop.siglip_names import to_siglip
+from align.interop.torch_readmes import huggingface_readme
 from align.model import DualEncoder, DualEncoderConfig
 from align.model import Tower as Recipe
 from align.tokenizer import Tokenizer
@@ -50,6 +53,18 @@ def read_huggingface(source: str | Path) -> DualEncoder:
         ValueError: another kind of model, something missing, or what does not fit together.
     """
     source = str(source)
+    if not Path(source).is_dir() and not _HUB_ID.fullmatch(source):
+        raise ValueError(f"hf:{source}: there is no such folder, and it is no hub id (OWNER/NAME)")
+    with hub_if_it_answers(source) as silence:
+        try:
+            return _read(source)
+        except ValueError as error:
+            if silence and isinstance(error.__cause__, OSError):  # no fault of the model's
+                raise ValueError(f"{str(error).rstrip('.')}{silence}") from error
+            raise
+
+
+def _read(source: str) -> DualEncoder:
     settings = _settings(source)
     whole = _pretrained(source, FAMILIES[settings.model_type], settings)
     pictures = read_picture_format(source)
@@ -80,8 +95,6 @@ def read_huggingface(source: str | Path) -> DualEncoder:
 
 def _settings(source: str) -> Any:
     """The configuration of the whole model."""
-    if not Path(source).is_dir() and not _HUB_ID.fullmatch(source):
-        raise ValueError(f"hf:{source}: there is no such folder, and it is no hub id (OWNER/NAME)")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"hf:{source}: the folder has no config.json")
     try:
@@ -160,7 +173,7 @@ def _text_recipe(text: Any, tokenizer: Tokenizer, projection: str) -> Recipe:
     )
 
 
-def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
+def write_huggingface(model: DualEncoder, folder: Path | str) -> Agreement | None:
     """Write a model so that transformers opens it, with equal logits; whole or not at all.
 
     A `CLIPModel` where both towers are CLIP's, a `SiglipModel` where both are SigLIP's, those of
@@ -172,6 +185,9 @@ def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
         model: stays as it is.
         folder: replaced if it is there.
 
+    Returns:
+        What transformers makes of it.
+
     Raises:
         ValueError: a part that Hugging Face's classes cannot say.
     """
@@ -182,88 +198,8 @@ def write_huggingface(model: DualEncoder, folder: Path | str) -> None:
         with whole_folder(folder) as beside:
             whole.save_pretrained(beside)
             write_processor(model, beside, family=family, masked=masked)
-            (beside / "README.md").write_text(_readme(model, family), encoding="utf-8")
-            _compare(model, family, beside)
+            text = huggingface_readme(model, family, note=caveat(model, to="hf"))
+            (beside / "README.md").write_text(text, encoding="utf-8")
+            return check(model, beside, to="hf")
     except ValueError as error:
         raise ValueError(f"{error}; `--to onnx` takes any model") from error
-
-
-def _compare(model: DualEncoder, family: str, folder: Path) -> None:
-    """See that what was written gives the logits that the model gives, from texts and pixels on."""
-    with refusals(f"{model.image.name} with {model.text.name} does not work as {family}Model"):
-        settings = AutoConfig.from_pretrained(folder)
-        whole = _pretrained(str(folder), family, settings).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        side = model.config.image_size
-        pixels = torch.randint(
-            256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-        )
-        padding = {"padding": "max_length" if family == "Siglip" else True, "truncation": True}
-        tokens = tokenizer(_PROBES, return_tensors="pt", **padding)
-        mean, std = (torch.tensor(model.image.statistics[key]) for key in ("mean", "std"))
-        normalised = (pixels / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        with torch.no_grad():
-            theirs = whole(pixel_values=normalised, **tokens).logits_per_image
-    ours = model.logits(model.encode_image(pixels), model.encode_text(_PROBES)).cpu()
-    scale = float(model.logit_scale.exp())
-    if not torch.allclose(theirs, ours.detach(), rtol=0, atol=_TOLERANCE * max(scale, 1.0)):
-        worst = float((theirs - ours).abs().max())
-        raise ValueError(
-            f"{model.image.name} with {model.text.name} gives other logits as {family}Model (by up "
-            f"to {worst:.2g}); nothing was written"
-        )
-
-
-_PROBES = ["a", "A photo of two cats, one of them asleep on a red chair."]
-_TOLERANCE = 1e-3
-"""Of cosines: far above rounding, far below what any mistake makes."""
-
-
-def _readme(model: DualEncoder, family: str) -> str:
-    padding = 'padding="max_length"' if family == "Siglip" else "padding=True"
-    cleaning = {
-        "none": "",
-        **dict.fromkeys(("whitespace", "lower", "canonicalize"), _CLEANED),
-    }[model.tokenizer.clean]
-    return _README.format(
-        family=family,
-        image=model.image.name,
-        text=model.text.name,
-        padding=padding,
-        fit={"crop": "its central square", "squash": "squeezed into a square"}[model.config.fit],
-        size=model.config.image_size,
-        cleaning=cleaning,
-    )
-
-
-_CLEANED = """
-Align also repairs broken encodings and resolves HTML entities (`&amp;`) before it cuts texts into
-tokens; a tokenizer file cannot say that. Texts without either give the same tokens.
-"""
-_README = """---
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
----
-# {family}Model, exported from Align
-
-Image tower `{image}`, text tower `{text}`; a picture is {fit}, {size} px.
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, {family}Model
-
-folder = "."
-model = {family}Model.from_pretrained(folder).eval()
-texts = AutoTokenizer.from_pretrained(folder)(
-    ["a dog", "a cat"], {padding}, truncation=True, return_tensors="pt"
-)
-pictures = AutoImageProcessor.from_pretrained(folder)(
-    [Image.open("picture.jpg")], return_tensors="pt"
-)
-with torch.no_grad():
-    logits = model(**texts, **pictures).logits_per_image
-```
-
-Use fp32 or bf16. Small numbers that fp16 would lose can be part of the weights.
-{cleaning}"""

@@ -11,7 +11,6 @@ Normalisation of pixels, projection and unit length are inside the graphs, and s
 wants behind the end of a text. The number of rows is free, and so is that of tokens.
 """
 
-import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from align.encoders.tower import first_line
 from align.folders import whole_folder
+from align.interop.agreement import Agreement, check, in_fp32
 from align.interop.onnx_readme import readme
 from align.model import DualEncoder
 
@@ -75,23 +75,27 @@ class TextGraph(nn.Module):
         return self.model.project_text(tower.encode(ids, mask).pooled)
 
 
-def write_onnx(model: DualEncoder, folder: Path | str, *, external_data: bool = False) -> None:
+def write_onnx(model: DualEncoder, folder: Path | str) -> Agreement | None:
     """Write both towers as ONNX graphs, with all it takes to use them; whole or not at all.
+
+    Weights of more than 2 GB, which a graph cannot hold, lie in files of their own beside it.
 
     Args:
         model: of any towers; stays as it is.
         folder: replaced if it is there.
-        external_data: keep the weights in files of their own beside the graphs, as those of more
-            than 2 GB always are.
+
+    Returns:
+        What onnxruntime makes of it; None where it is not installed.
 
     Raises:
-        ValueError: torch's exporter is not installed, or cannot follow a tower.
+        ValueError: torch's exporter is not installed, or cannot follow a tower, or onnxruntime
+            makes something else of it.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ValueError(f'{missing[0]} is not installed: pip install "clip-align[onnx]"')
     training = model.training
     try:
-        plain = _plain(model)
+        plain = in_fp32(model)
         with whole_folder(folder) as beside:
             side, tokens = model.config.image_size, min(8, model.config.context_length)
             pixels = torch.zeros(_EXAMPLES, 3, side, side, dtype=torch.uint8)
@@ -99,12 +103,13 @@ def write_onnx(model: DualEncoder, folder: Path | str, *, external_data: bool = 
             # A text tower may look for the end of a text, so the examples have one.
             ids[:, -1] = model.tokenizer.end_id or 0
             mask = torch.ones(_EXAMPLES, tokens, dtype=torch.bool)
-            opset = _write(ImageGraph(plain).eval(), "image", (pixels,), beside, external_data)
-            _write(TextGraph(plain).eval(), "text", (ids, mask), beside, external_data)
+            opset = _write(ImageGraph(plain).eval(), "image", (pixels,), beside)
+            _write(TextGraph(plain).eval(), "text", (ids, mask), beside)
             model.tokenizer.save(beside / "tokenizer")
             config = {**_config(model), "opset": opset}
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (beside / "README.md").write_text(readme(model), encoding="utf-8")
+            return check(plain, beside, to="onnx")
     finally:
         model.train(training)
 
@@ -141,17 +146,7 @@ def _config(model: DualEncoder) -> dict[str, Any]:
 _INPUTS = {"image": ("pixels",), "text": ("ids", "mask")}
 
 
-def _plain(model: DualEncoder) -> DualEncoder:
-    """The model in fp32 on the CPU: itself, or a copy."""
-    weights = [weight for weight in model.state_dict().values() if weight.is_floating_point()]
-    if all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights):
-        return model
-    return copy.deepcopy(model).cpu().float()
-
-
-def _write(
-    graph: nn.Module, side: str, example: Sequence[Tensor], folder: Path, external_data: bool
-) -> int:
+def _write(graph: nn.Module, side: str, example: Sequence[Tensor], folder: Path) -> int:
     """Write one graph; returns the version of ONNX's operators that it needs."""
     # Two inputs share their axes; those of the second follow: to name one twice brings a warning.
     named = {"image": ({0: "batch"},), "text": ({0: "batch", 1: "tokens"}, _FOLLOWS)}[side]
@@ -168,7 +163,7 @@ def _write(
             )
         assert program is not None
         _forget_sources(program.model)
-        program.save(folder / f"{side}.onnx", external_data=external_data or None)
+        program.save(folder / f"{side}.onnx")
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         why = first_line(_cause(error))
         raise ValueError(f"torch's exporter cannot follow the {side} tower: {why}") from error

@@ -1,5 +1,6 @@
 """How to use exported graphs: a README whose code runs as it stands, without torch."""
 
+from align.interop.agreement import caveat
 from align.model import DualEncoder
 
 
@@ -17,7 +18,7 @@ def readme(model: DualEncoder) -> str:
         dim=config.dim,
         size=config.image_size,
         context_length=config.context_length,
-        note=_NOTES[model.tokenizer.clean],
+        note=f"\n{note}\n" if (note := caveat(model, to="onnx")) else "",
         code=code,
     )
 
@@ -89,11 +90,4 @@ _CLEAN = {
             '.translate(str.maketrans("", "", string.punctuation)).lower().split())'
         ),
     },
-}
-_NOTES = {
-    "none": "",
-    **dict.fromkeys(
-        ("whitespace", "lower", "canonicalize"),
-        "\nWhere texts may hold broken encodings, repair them first: `ftfy.fix_text(text)`.\n",
-    ),
 }

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.hf_configs import arch_dict
@@ -25,19 +24,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from align.encoders.huggingface_text import HuggingFaceTextEncoder
-from align.encoders.open_clip_source import build_model, find_source
 from align.encoders.open_clip_tower import OpenCLIPImageEncoder, OpenCLIPTextEncoder
 from align.encoders.timm_tower import TimmImageEncoder
 from align.folders import whole_folder
+from align.interop.agreement import Agreement, caveat, check
 from align.interop.open_clip_timm import timm_part
+from align.interop.torch_readmes import PATHS, open_clip_readme
 from align.model import DualEncoder
 from align.tokenizer import Tokenizer
 
-_TEXTS = (
-    "a photo of a dog",
-    "An old map, with notes in the margin: N 52\N{DEGREE SIGN}!",
-    " ".join(["many words about one very large picture"] * 20),
-)
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "native": "cls_pooler"}
 _CLIP_ENTRIES = 49408
 _LIMITS = {"truncation", "padding"}
@@ -59,11 +54,10 @@ class Part:
     quick_gelu: bool | None = None
 
 
-def write_open_clip(model: DualEncoder, folder: Path | str) -> None:
+def write_open_clip(model: DualEncoder, folder: Path | str) -> Agreement | None:
     """Write a folder that `open_clip.create_model("local-dir:FOLDER")` opens, whole or not at all.
 
-    Before it is put in place it is opened and compared with the model, on pictures of noise and a
-    few texts. Texts are cleaned as OpenCLIP cleans them: where the model's tokenizer cleans nothing
+    Texts are cleaned as OpenCLIP cleans them: where the model's tokenizer cleans nothing
     OpenCLIP's still repairs broken encodings, resolves HTML entities and joins spaces.
 
     Args:
@@ -71,6 +65,9 @@ def write_open_clip(model: DualEncoder, folder: Path | str) -> None:
             knows; Hugging Face's CLIP, if both towers are.
         folder: replaced if it is there. If there are subfolders `text` or `image` in it, the
             configuration names them by their full path.
+
+    Returns:
+        What OpenCLIP makes of it.
 
     Raises:
         ValueError: OpenCLIP has no word for a part of the model.
@@ -94,10 +91,20 @@ def write_open_clip(model: DualEncoder, folder: Path | str) -> None:
             "interpolation": "bicubic",
             "resize_mode": _RESIZE[model.config.fit],
         }
-        written = {"model_cfg": _moved(config, folder.resolve()), "preprocess_cfg": preprocess}
-        (beside / HF_CONFIG_NAME).write_text(json.dumps(written, indent=2) + "\n")
-        (beside / "README.md").write_text(_readme(folder, beside))
-        _compare(model, beside)
+        folders = [name for name in PATHS if (beside / name).is_dir()]
+        text = open_clip_readme(model, folders, note=caveat(model, to="open_clip"))
+        (beside / "README.md").write_text(text, encoding="utf-8")
+        # Architectures beside the weights are named by full paths: where they are, to be compared,
+        # then where they will be.
+        _write_config(beside, _moved(config, beside.resolve()), preprocess)
+        agreement = check(model, beside, to="open_clip")
+        _write_config(beside, _moved(config, folder.resolve()), preprocess)
+        return agreement
+
+
+def _write_config(folder: Path, config: dict[str, Any], preprocess: dict[str, Any]) -> None:
+    written = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / HF_CONFIG_NAME).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def refuse(part: str, why: str) -> ValueError:
@@ -279,57 +286,3 @@ def _is_clips_own(tokenizer: Tokenizer) -> bool:
     clip = Tokenizer.clip()
     both = [json.loads(one.backend.backend_tokenizer.to_str()) for one in (tokenizer, clip)]
     return all(both[0][key] == both[1][key] for key in both[1] if key not in _LIMITS)
-
-
-def _compare(model: DualEncoder, folder: Path) -> None:
-    """Open what was written, as OpenCLIP does, and see that it says what the model says.
-
-    Raises:
-        ValueError: it does not.
-    """
-    theirs = build_model(find_source(f"local-dir:{folder}", weights=True))
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    size = model.config.image_size
-    noise = torch.randint(
-        256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    mean, std = model.image.pixel_mean.cpu(), model.image.pixel_std.cpu()
-    pairs = {
-        "pictures": (
-            model.encode_image(noise),
-            theirs.encode_image((noise.float() - mean) / std, normalize=True),
-        ),
-        "texts": (
-            model.encode_text(list(_TEXTS)),
-            theirs.encode_text(tokenizer(list(_TEXTS)), normalize=True),
-        ),
-    }
-    allowed = 1e-4 if model.device.type == "cpu" else 1e-2
-    for what, (ours, other) in pairs.items():
-        apart = float((ours - other).abs().max()) if ours.shape == other.shape else float("inf")
-        if not apart <= allowed:
-            raise refuse("the model", f"its {what} would be embedded otherwise (by {apart:.1g})")
-
-
-def _readme(folder: Path, beside: Path) -> str:
-    place = f"local-dir:{folder.name}"
-    lines = [
-        f"# {folder.name}",
-        "",
-        "A dual encoder for OpenCLIP:",
-        "",
-        "```python",
-        "import open_clip",
-        "",
-        f'model, preprocess = open_clip.create_model_from_pretrained("{place}")',
-        f'tokenizer = open_clip.get_tokenizer("{place}")',
-        "```",
-    ]
-    for name, key in (("text", "text_cfg.hf_model_name"), ("image", "vision_cfg.timm_model_name")):
-        if (beside / name).is_dir():
-            lines += [
-                "",
-                f"`{key}` in `{HF_CONFIG_NAME}` names the folder `{name}` by its full path: change "
-                "it there if this folder is moved.",
-            ]
-    return "\n".join(lines) + "\n"
