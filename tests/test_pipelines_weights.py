@@ -14,10 +14,11 @@ from align import bundle
 from align.encoders import build_text_tower
 from align.encoders.tower import Vocabulary
 from align.parameters import how_it_learns
+from pipelines import export as exporting
 from pipelines import pretrain, training
 from pipelines.config import build
 from pipelines.learning import learning_rules, locked_at_random, origins
-from pipelines.schemas import PretrainConfig
+from pipelines.schemas import ExportConfig, PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +111,9 @@ TOLD: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", TOLD)
 def test_a_line_says_where_the_weights_of_a_tower_come_from(case, folders):
     side, wanted, expected = TOLD[case]
-    named = {"image": {}, "text": {}, side: filled(wanted, folders)}
-    changes = {"model__dim": 32} if wanted.get("projection") else {}
-    settings = config(**named, **changes)
+    named: dict[str, Any] = {"image": {}, "text": {}, side: filled(wanted, folders)}
+    named |= {"model__dim": 32} if wanted.get("projection") else {}
+    settings = config(**named)
     model = training.make_model(settings.model, tiny_model().tokenizer)
     lines = origins(settings, model)
     assert lines[["image", "text"].index(side)] == expected.format(**folders)
@@ -226,6 +227,23 @@ def test_a_run_that_compiles_says_that_the_first_steps_are_slow(data, tmp_path):
         values = tiny_pretrain(data, tmp_path / "run", compile=compiles)
         run = training.build(build(PretrainConfig, values, origin="test"), Accelerator(cpu=True))
         assert (slow in pretrain.introduction(run)) == compiles
+
+
+@pytest.mark.parametrize(
+    ("to", "line"),
+    [
+        ("hf", "writing {out} ..."),
+        ("onnx", "writing image.onnx and text.onnx, for which torch traces both towers ..."),
+    ],
+)
+def test_an_export_says_what_it_does_before_it_takes_its_time(
+    to, line, folders, tmp_path, capsys, monkeypatch
+):
+    said: list[str] = []
+    monkeypatch.setattr(exporting, "export", lambda *_, **__: said.append(capsys.readouterr().out))
+    wanted = {"bundle": str(folders["bundle"]), "out": str(tmp_path / "out"), "to": to}
+    exporting.run(build(ExportConfig, wanted, origin="test"))
+    assert said == [line.format(out=tmp_path / "out") + "\n"]
 
 
 # --- what libraries say of a vocabulary ---
