@@ -315,6 +315,7 @@ def test_a_model_of_ours_opens_in_open_clip_with_equal_logits(tmp_path: Path, na
     assert_equal_logits(model, theirs, source)
     assert theirs.visual.preprocess_cfg["resize_mode"] == "squash"
     assert_equal_logits(read_open_clip(source), theirs, source)
+    assert "repairs broken encodings" in (tmp_path / "out" / "README.md").read_text()
     assert "local-dir:." in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -88,7 +88,7 @@ def written(monkeypatch) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["open_clip", "hf", "onnx"])
+@pytest.mark.parametrize("to", interop.EXPORTS)
 def test_export_writes_a_model_that_the_other_library_agrees_with(to, bundle, capsys, tmp_path):
     code, out, err = call(capsys, "export", bundle, tmp_path / "out", "--to", to)
     assert (code, err) == (0, "")
@@ -158,7 +158,6 @@ def test_a_format_that_nothing_says_how_to_compare_is_one_line(model, monkeypatc
 def test_texts_that_get_other_tokens_are_told(
     to, clean, named, model, bundle, capsys, monkeypatch, tmp_path
 ):
-    """By the verb as by the folder's README.md."""
     monkeypatch.setattr(agreement, "written_for_tests", lambda *_: None, raising=False)
     monkeypatch.setitem(interop.EXPORTS, to, "align.interop.agreement:written_for_tests")
     monkeypatch.setattr(model.tokenizer, "clean", clean)
