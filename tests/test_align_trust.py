@@ -278,6 +278,7 @@ class PatchTower(ImageTower):
         return Features(tokens.mean(1), tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
+        del enabled
         raise ValueError("it has no blocks")
 
 
