@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from align.folders import damage
 
@@ -46,6 +46,8 @@ def read_backend(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"the tokenizer {name} runs code of others (auto_map in its {asking}), which is refused"
         )
+    from transformers import AutoTokenizer  # a third of a second that bundles do without
+
     whole = (folder / "tokenizer.json").is_file()
     backend: Any = None
     try:
