@@ -22,11 +22,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
 from align import hub, interop
 from align.card import Result, merged, model_card, with_results
+from align.draws import NoDraws
 from align.folders import damage, identity, json_object, whole_folder
 from align.model import DualEncoder, DualEncoderConfig
 from align.quick import collector_rests
@@ -164,7 +164,7 @@ def _read(folder: Path) -> DualEncoder:
         raise ValueError(f"its config.json: {error}") from error
     clean = "none" if version == 1 else _cleaning(description.get("tokenizer"))
     tokenizer = Tokenizer(_backend(folder), context_length=config.context_length, clean=clean)
-    with _NoDraws():
+    with NoDraws():
         model = DualEncoder(config, tokenizer)
     weights = load_file(folder / "model.safetensors")
     if version == 1:
@@ -189,28 +189,6 @@ def _backend(folder: Path) -> PreTrainedTokenizerFast:
         json_object(folder, "tokenizer/tokenizer.json")
         what = f"{type(error).__name__}: {damage(error)}"
         raise ValueError(f"its tokenizer/tokenizer.json is no tokenizer ({what})") from error
-
-
-class _NoDraws(TorchFunctionMode):
-    """Random numbers are left out while a model is built whose weights come from a file.
-
-    What is drawn is either in the file or could never have been saved, so nothing else changes.
-    Buffers that are computed, such as positions and statistics, are real, which they would not be
-    in a model on the meta device.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-_DRAWS = {
-    *("normal_", "uniform_", "trunc_normal_", "bernoulli_", "random_", "orthogonal_"),
-    *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
-}
-"""By name: transformers puts functions of its own in the place of `torch.nn.init`'s."""
 
 
 def _weights(model: DualEncoder) -> dict[str, Tensor]:

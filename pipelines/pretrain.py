@@ -29,7 +29,7 @@ from pipelines.evaluate import retrieval_report
 from pipelines.learning import format_rows, origins, summary
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.schemas import PretrainConfig
-from pipelines.training import Training, build, training_pictures
+from pipelines.training import Training, any_rank, build, over_ranks, training_pictures
 from shards.damage import TooMuchDamageError
 from shards.loader import Batch
 
@@ -197,7 +197,7 @@ def train(training: Training) -> bool:
                     "lower optimizer.learning_rate"
                 )
             last = training.step == training.steps
-            asked = _any_rank(accelerator, stop.asked)
+            asked = any_rank(accelerator, stop.asked)
             if training.due(config.save_every) or asked or last:
                 with log.pause():
                     save_checkpoint(training)
@@ -233,14 +233,6 @@ def next_batch(training: Training, batches: Iterator[Batch]) -> Batch:
             f"{error}; --resume with a higher max_bad_fraction goes on, "
             "align inspect --verify names all of them for another run"
         ) from None
-
-
-def _any_rank(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether any process was asked to stop: they stop together or not at all."""
-    if accelerator.num_processes == 1:
-        return asked
-    flag = torch.tensor([asked], dtype=torch.float32, device=accelerator.device)
-    return bool(accelerator.reduce(flag).sum() > 0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def step(training: Training, batch: Batch) -> dict[str, float]:
@@ -288,7 +280,7 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     training.step += 1
     counts = {"bad": float(training.loader.bad), "cut": float(tokens.truncated)}
     counted = {name: torch.tensor(count, device=device) for name, count in counts.items()}
-    metrics = _over_ranks(training.accelerator, {**output.metrics, **counted})
+    metrics = over_ranks(training.accelerator, {**output.metrics, **counted})
     processes = training.accelerator.num_processes
     training.bad_samples = training.earlier_bad + round(metrics.pop("bad") * processes)
     training.cut_captions += round(metrics.pop("cut") * processes)
@@ -300,14 +292,6 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
         "forward_backward_ms": 1000 * (derived - started),
         "optimizer_ms": 1000 * (time.perf_counter() - derived),
     }
-
-
-def _over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over processes: the numbers of the global batch."""
-    values = torch.stack([value.float() for value in metrics.values()])
-    if accelerator.num_processes > 1:
-        values = accelerator.reduce(values, reduction="mean")
-    return dict(zip(metrics, values.tolist(), strict=True))  # pyright: ignore
 
 
 def save_checkpoint(training: Training) -> None:

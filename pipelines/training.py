@@ -325,3 +325,19 @@ def training_pictures(training: Training, batch: Batch) -> torch.Tensor:
     if training.augment is not None:
         return training.augment(images, batch.ids, batch.epochs, size=size)
     return images if images.shape[-1] == size else resize(images, size)
+
+
+def any_rank(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any process was asked to stop: they stop together or not at all."""
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor([asked], dtype=torch.float32, device=accelerator.device)
+    return bool(accelerator.reduce(flag).sum() > 0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over processes: the numbers of the global batch."""
+    values = torch.stack([value.float() for value in metrics.values()])
+    if accelerator.num_processes > 1:
+        values = accelerator.reduce(values, reduction="mean")
+    return dict(zip(metrics, values.tolist(), strict=True))  # pyright: ignore
