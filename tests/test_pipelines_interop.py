@@ -129,7 +129,7 @@ def test_a_model_that_another_library_computes_otherwise_is_not_written(
     monkeypatch.setitem(agreement.OTHERS, "open_clip", changed)
     out = tmp_path / "out"
     code, said, err = call(capsys, "export", bundle, out, "--to", "open_clip")
-    assert (code, said) == (2, "")
+    assert (code, said) == (2, f"writing {out} ...\n")
     assert re.search(r"other logits in OpenCLIP \(cosines differ by 0\.\d+, .*nothing was wr", err)
     assert len(err.splitlines()) == 1
     assert not out.exists()

@@ -106,9 +106,9 @@ def write_onnx(model: DualEncoder, folder: Path | str) -> Agreement | None:
             opset = _write(ImageGraph(plain).eval(), "image", (pixels,), beside)
             _write(TextGraph(plain).eval(), "text", (ids, mask), beside)
             model.tokenizer.save(beside / "tokenizer")
-            config = {**_config(model), "opset": opset}
+            config = {**_config(plain), "opset": opset}
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (beside / "README.md").write_text(readme(model), encoding="utf-8")
+            (beside / "README.md").write_text(readme(plain), encoding="utf-8")
             return check(plain, beside, to="onnx")
     finally:
         model.train(training)
