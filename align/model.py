@@ -259,13 +259,15 @@ class DualEncoder(nn.Module):
         images: Sequence[Image.Image | Path | str] | UInt8[Tensor, "rows ..."],
         *,
         batch_size: int = 256,
+        image_size: int | None = None,
     ) -> Float[Tensor, "rows dim"]:
         """Embed pictures: unit-length rows, fp32, on the CPU.
 
         Args:
             images: PIL pictures of any size and mode, files of pictures, or a uint8 tensor of the
-                model's image size.
+                image size.
             batch_size: pictures at a time.
+            image_size: of towers that take several; None = the model's.
 
         Raises:
             ValueError: one picture, something that is none, tensors of another type or size, or
@@ -273,7 +275,7 @@ class DualEncoder(nn.Module):
         """
         if isinstance(images, Image.Image | Path | str):
             raise ValueError("encode_image takes a list of pictures, not one picture")
-        size, fit = self.config.image_size, self.config.fit
+        size, fit = image_size or self.config.image_size, self.config.fit
         if isinstance(images, Tensor):
             _check_pixels(images, size)
         else:

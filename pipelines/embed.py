@@ -106,7 +106,9 @@ def embed_pairs(
         rows = select(batch, where or {})
         if not len(rows):
             continue
-        images.append(model.encode_image(batch.images[rows], batch_size=batch_size).numpy())
+        pixels = batch.images[rows]
+        embedded = model.encode_image(pixels, batch_size=batch_size, image_size=size)
+        images.append(embedded.numpy())
         ids.append(batch.ids.numpy()[rows])
         captions += [batch.captions[row] for row in rows]
         fields += [batch.fields[row] for row in rows]

@@ -128,3 +128,12 @@ def test_a_picture_whose_file_is_cut_off_is_named_by_its_place_among_all(model, 
 
 def test_no_pictures_are_an_empty_batch(model):
     assert model.preprocess([]).shape == (0, 3, 32, 32)
+
+
+def test_pictures_of_another_size_are_taken_where_it_is_asked_for():
+    model = tiny_model()
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    found = model.encode_image(pixels, image_size=64)
+    assert torch.equal(found, model.eval().project_image(model.image(pixels).pooled))
+    with pytest.raises(ValueError, match=r"\[rows, 3, 48, 48\], not \[3, 3, 64, 64\]"):
+        model.encode_image(pixels, image_size=48)
