@@ -680,7 +680,7 @@ def test_validation_and_stages_are_part_of_a_run(data, tmp_path):
         data,
         tmp_path / "run",
         stages=[{"until": 0.5, "image_size": 24}],
-        validation={"data": str(data), "where": {"colour": ["red", "blue"]}, "every": 96},
+        validation={"data": str(data), "where": {"colour": ["red", "blue"]}, "every": 48},
     )
     sizes = []
     original = training.training_pictures
@@ -693,5 +693,5 @@ def test_validation_and_stages_are_part_of_a_run(data, tmp_path):
         assert pretrain.run(config(values)) == 0
     assert sizes == [24] * 6 + [32] * 6
     checks = [line for line in metrics(tmp_path / "run") if "image_to_text_recall@1" in line]
-    assert [line["samples"] for line in checks] == [96, 192]
+    assert [line["samples"] for line in checks] == [48, 96, 144, 192]
     assert all(0 <= line["text_to_image_recall@5"] <= 1 for line in checks)
