@@ -30,22 +30,9 @@ from pipelines.schemas import DoctorConfig, PretrainConfig
 from shards.captions import CaptionRule
 from shards.manifest import Manifest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = {"seconds": 0.1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "data"
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rates(**changes: Any) -> Rates:

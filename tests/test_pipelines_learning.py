@@ -23,7 +23,6 @@ from pairs_corpus import (
     tiny_model,
     tiny_pretrain,
     tiny_tokenizer,
-    write_pairs,
 )
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -42,27 +41,13 @@ from pipelines.schemas import PretrainConfig
 from shards.packing import pack
 from shards.sources import Record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VIT: dict[str, Any] = {
     "name": "timm:vit_tiny_patch16_224",
     "options": {**TINY_VIT, "depth": 3},
 }
 BERT: dict[str, Any] = {"name": "hf:bert", "options": {**TINY_BERT, "num_hidden_layers": 2}}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "data"
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums over threads differ in their last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(values: dict[str, Any], **changes: Any) -> PretrainConfig:

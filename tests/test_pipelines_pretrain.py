@@ -36,24 +36,10 @@ from shards.quarantine import QUARANTINE_FILE, written_list
 from shards.sources import Record
 from shards.storage import cache_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "data"
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that are compared with: sums over threads differ in their last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(values: dict[str, Any], **changes: Any) -> PretrainConfig:

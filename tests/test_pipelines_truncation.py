@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from pairs_corpus import COLOURS, SHAPES, tiny_pretrain, write_pairs
+from pairs_corpus import COLOURS, SHAPES, tiny_pretrain
 from ranks import run_ranks
 
 import align
@@ -23,23 +22,10 @@ from pipelines.checkup.report import CheckUp, percent
 from pipelines.config import build
 from pipelines.schemas import PretrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPOCHS = 2
 CAPTIONS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "data"
-    write_pairs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(data: Path, out: Path, **changes: Any) -> PretrainConfig:

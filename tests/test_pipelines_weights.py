@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 from accelerate import Accelerator
-from pairs_corpus import TINY_BERT, TINY_RESNET, tiny_model, tiny_pretrain, write_pairs
+from pairs_corpus import TINY_BERT, TINY_RESNET, tiny_model, tiny_pretrain
 from transformers import BertConfig, BertModel
 
 from align import bundle
@@ -19,13 +19,6 @@ from pipelines import pretrain, training
 from pipelines.config import build
 from pipelines.learning import learning_rules, locked_at_random, origins
 from pipelines.schemas import ExportConfig, PretrainConfig
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "data"
-    write_pairs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

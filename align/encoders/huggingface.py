@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForText
 from transformers.configuration_utils import PretrainedConfig
 
 from align.encoders.reach import hub_if_it_answers
-from align.encoders.tower import first_line, near
+from align.encoders.tower import near
+from align.folders import damage
 
 ATTENTION = ("auto", "sdpa", "eager")
 """How attention is computed: fused where the architecture can, fused, or step by step."""
@@ -78,7 +79,7 @@ def configuration(
         try:
             return type(found)(**options)
         except Exception as error:  # each field has a check of its own
-            raise ValueError(f"hf:{name} does not take {options}: {first_line(error)}") from error
+            raise ValueError(f"hf:{name} does not take {options}: {damage(error)}") from error
     for key, value in options.items():
         setattr(found, key, value)
     return found
@@ -106,13 +107,13 @@ def _published(name: str) -> PretrainedConfig:
         except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
             if Path(name).is_dir():
                 raise ValueError(
-                    f"hf:{name}: its config.json cannot be read ({first_line(error)})"
+                    f"hf:{name}: its config.json cannot be read ({damage(error)})"
                 ) from error
             known = set(CONFIG_MAPPING) - {name}
             raise ValueError(
                 f"hf:{name} is no {'published model' if name in CONFIG_MAPPING else 'architecture'}"
                 f" known to transformers{near(name, known)}, and no folder or hub model of that "
-                f"name could be read ({first_line(error)}{silence})"
+                f"name could be read ({damage(error)}{silence})"
             ) from error
 
 
@@ -154,7 +155,7 @@ def build_model(
         try:
             model = make(settings, **options)
         except Exception as error:  # each architecture has checks of its own
-            raise ValueError(f"hf:{name} could not be made: {first_line(error)}") from error
+            raise ValueError(f"hf:{name} could not be made: {damage(error)}") from error
         prune(model)
     # Around the encoder alone the table of embeddings would have two names.
     return model.get_encoder() if encoder_alone else model
@@ -179,11 +180,11 @@ def _with_weights(
             )
         except (HTTPError, OSError, SafetensorError) as error:
             raise ValueError(
-                f"hf:{name} could not be made with its weights: {first_line(error)}{silence}"
+                f"hf:{name} could not be made with its weights: {damage(error)}{silence}"
             ) from error
         except Exception as error:  # each architecture has checks of its own
             raise ValueError(
-                f"hf:{name} could not be made with its weights: {first_line(error)}"
+                f"hf:{name} could not be made with its weights: {damage(error)}"
             ) from error
     prune(model)
     if missing := sorted(set(told["missing_keys"]) & set(model.state_dict())):

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from align.encoders import build_image_tower, build_text_tower
-from align.encoders.tower import ImageTower, TextTower, first_line
+from align.encoders.tower import ImageTower, TextTower
+from align.folders import damage
 from align.trust import refuse_calls, refuse_intruders
 
 
@@ -89,5 +90,5 @@ def _from_bundle(folder: Path, recipe: dict[str, Any], side: str, options: dict[
                     weights[key.removeprefix(f"{side}.")] = tensors.get_tensor(key)
         tower.load_state_dict(weights)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: {first_line(error)}") from error
+        raise ValueError(f"{folder / 'model.safetensors'}: {damage(error)}") from error
     return tower

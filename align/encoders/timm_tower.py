@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from align.encoders.pooling import NATIVE, build_image_pooler
 from align.encoders.reach import hub_if_it_answers
-from align.encoders.tower import Features, ImageTower, first_line, near, refuse_small
+from align.encoders.tower import Features, ImageTower, near, refuse_small
+from align.folders import damage
 
 WEIGHTS = "model.safetensors"
 
@@ -143,7 +144,7 @@ def _create(
             raise ValueError(
                 f"timm:{name} could not be made"
                 + (" with its weights" if pretrained else "")
-                + f": {first_line(error)}{silence}"
+                + f": {damage(error)}{silence}"
             ) from error
     if missing:  # timm is content with what there is; options may add weights, the rest must be
         plain: Any = timm.create_model(made.default_cfg["architecture"], num_classes=0, **saved)
@@ -185,15 +186,13 @@ def _known(name: str, pretrained: bool, silence: str) -> tuple[dict[str, Any], b
         try:
             known = timm.get_pretrained_cfg(name, allow_unregistered=True)
         except RuntimeError as error:
-            raise ValueError(f"timm:{name}: {first_line(error)}") from error
+            raise ValueError(f"timm:{name}: {damage(error)}") from error
         return {}, bool(known and known.fixed_input_size)
     if kind == "hf-hub":
         try:
             published, _, arguments = timm.models.load_model_config_from_hf(place)
         except Exception as error:  # each way to the hub has errors of its own
-            raise ValueError(
-                f"timm:{name} could not be read: {first_line(error)}{silence}"
-            ) from error
+            raise ValueError(f"timm:{name} could not be read: {damage(error)}{silence}") from error
     elif kind == "local-dir":
         published, arguments = _in_folder(Path(place), pretrained)
     else:

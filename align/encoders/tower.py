@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from align.encoders.chunks import plan_chunks
 from align.encoders.statistics import count_once
+from align.folders import damage
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class ImageTower(TowerModule):
                 self.eval()(zeros.to(self.pixel_mean.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{self.name} does not take pictures of {size} px ({first_line(error)}); "
+                f"{self.name} does not take pictures of {size} px ({damage(error)}); "
                 "choose another model.image_size"
             ) from error
         finally:
@@ -360,17 +361,10 @@ def refusals(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{what}: {first_line(error)}") from error
+        raise ValueError(f"{what}: {damage(error)}") from error
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """Like names, for the end of a message."""
     found = difflib.get_close_matches(name, list(known), n=3)
     return f" (near: {', '.join(found)})" if found else ""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line: its first, with the second where it ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    return said or type(error).__name__

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from align.encoders.huggingface import plain
 from align.encoders.huggingface_text import longest_text
 from align.encoders.reach import hub_if_it_answers
-from align.encoders.tower import first_line, refusals
-from align.folders import whole_folder
+from align.encoders.tower import refusals
+from align.folders import damage, whole_folder
 from align.interop.agreement import Agreement, caveat, check
 from align.interop.clip_names import LEGACY_END, to_huggingface
 from align.interop.huggingface_parts import FAMILIES, as_huggingface
@@ -101,7 +101,7 @@ def _settings(source: str) -> Any:
         with refusals(f"hf:{source} could not be read"):
             settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except StrictDataclassError as error:
-        raise ValueError(f"{source}: its config.json is damaged: {first_line(error)}") from error
+        raise ValueError(f"{source}: its config.json is damaged: {damage(error)}") from error
     if settings.model_type not in FAMILIES:
         raise ValueError(
             f"{source} is a model of the type {settings.model_type!r}; what can be read whole is "
@@ -138,7 +138,7 @@ def _pretrained(source: str, family: str, settings: Any) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # safetensors and transformers have errors of their own
-            raise ValueError(first_line(error)) from error
+            raise ValueError(damage(error)) from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{source}: its weights lack {missing[0]} ({len(missing)} in all)")
     return model

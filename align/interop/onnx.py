@@ -24,8 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.encoders.tower import first_line
-from align.folders import whole_folder
+from align.folders import damage, whole_folder
 from align.interop.agreement import Agreement, check, in_fp32
 from align.interop.onnx_readme import readme
 from align.model import DualEncoder
@@ -165,7 +164,7 @@ def _write(graph: nn.Module, side: str, example: Sequence[Tensor], folder: Path)
         _forget_sources(program.model)
         program.save(folder / f"{side}.onnx")
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        why = first_line(_cause(error))
+        why = damage(_cause(error))
         raise ValueError(f"torch's exporter cannot follow the {side} tower: {why}") from error
     return program.model.opset_imports[""]
 

@@ -33,7 +33,28 @@ def _tower_name(name: str, libraries: Iterable[str]) -> str:
     return name
 
 
-class ImageTowerConfig(Config):
+class TowerConfig(Config):
+    """What both towers can be told."""
+
+    name: str
+    options: dict[str, Any]
+    projection: Literal["linear", "affine", "mlp", "none"] = Field(
+        default="linear",
+        description="Into the space: a matrix, with a bias, one hidden layer, none.",
+    )
+    trainable: NonNegativeInt | None = Field(
+        default=None,
+        description="Groups of layers that learn, from the end; 0 = the tower is locked; null =\n"
+        "all. The projection behind it learns in any case.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Each group of layers learns at this share of the rate of the next, the last\n"
+        "at all of it.",
+    )
+
+
+class ImageTowerConfig(TowerConfig):
     """The image tower."""
 
     name: str = Field(
@@ -46,20 +67,6 @@ class ImageTowerConfig(Config):
         description="Passed to the library; also pretrained, mean, std; for timm and hf pooling\n"
         "(native, mean, max, cls, attention).",
     )
-    projection: Literal["linear", "affine", "mlp", "none"] = Field(
-        default="linear",
-        description="Into the space: a matrix, with a bias, one hidden layer, none.",
-    )
-    trainable: NonNegativeInt | None = Field(
-        default=None,
-        description="Groups of layers that learn, from the end; 0 = the tower is locked; null =\n"
-        "all. The projection behind it learns in any case.",
-    )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0,
-        description="Each group of layers learns at this share of the rate of the next, the last\n"
-        "at all of it.",
-    )
 
     @field_validator("name")
     @classmethod
@@ -67,7 +74,7 @@ class ImageTowerConfig(Config):
         return _tower_name(name, IMAGE_LIBRARIES)
 
 
-class TextTowerConfig(Config):
+class TextTowerConfig(TowerConfig):
     """The text tower."""
 
     name: str = Field(
@@ -79,20 +86,6 @@ class TextTowerConfig(Config):
         default_factory=dict,
         description="Fields of the model's configuration; also pretrained, and for hf attention\n"
         "and pooler (mean, max, cls, last, attention, native).",
-    )
-    projection: Literal["linear", "affine", "mlp", "none"] = Field(
-        default="linear",
-        description="Into the space: a matrix, with a bias, one hidden layer, none.",
-    )
-    trainable: NonNegativeInt | None = Field(
-        default=None,
-        description="Groups of layers that learn, from the end; 0 = the tower is locked; null =\n"
-        "all. The projection behind it learns in any case.",
-    )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0,
-        description="Each group of layers learns at this share of the rate of the next, the last\n"
-        "at all of it.",
     )
 
     @field_validator("name")
