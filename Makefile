@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/align demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: format lint types layers test
 

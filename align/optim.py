@@ -98,6 +98,21 @@ def cosine_factor(step: int, *, warmup: int, steps: int, floor: float = 0.0) -> 
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def constant_factor(
+    step: int, *, warmup: int, steps: int, cooldown: int, floor: float = 0.0
+) -> float:
+    r"""Likewise, constant between a linear warm-up and a linear cool-down over the last steps.
+
+    $f + (1 - f) \tfrac{S - s}{c}$ for $s > S - c$: a run that is made longer later has lost nothing
+    but its cool-down (Zhai et al. 2022, arXiv 2106.04560, section 3.5; Haegele et al. 2024, arXiv
+    2405.18392).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    left = min(1.0, max(0, steps - step) / cooldown) if cooldown else 1.0
+    return floor + (1 - floor) * left
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The learning rate of this step: each group takes the share of it that is its `rate`."""
     for group in optimizer.param_groups:

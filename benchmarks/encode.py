@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import align
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective
+from align.objective import Pairs as ObjectivePairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -111,7 +112,9 @@ class Sides:
     def step_ours(self) -> None:
         """Forward, loss and backward."""
         pairs = self.pairs
-        self.ours(pairs.images, pairs.ids, pairs.mask, pairs.labels).loss.backward()
+        whole = ObjectivePairs(pairs.images, pairs.ids, pairs.mask, pairs.labels, pairs.labels)
+        loss = self.ours(whole).loss
+        loss.backward()
 
     def step_peer(self) -> None:
         """Likewise, by OpenCLIP."""

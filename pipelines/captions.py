@@ -107,16 +107,16 @@ def _all_captions(manifest: Manifest, writer: CaptionWriter, rule: CaptionRule) 
 
 
 def positive_labels(batch: Batch, field: str) -> Int[Tensor, " batch"]:
-    """Equal values of a field become equal labels; `caption` stands for the caption itself.
+    """Equal values of a field become equal labels; `caption` and `key` stand for themselves.
 
     Raises:
         ConfigError: a sample lacks the field.
     """
     values: list[str] = []
     for key, caption, fields in zip(batch.keys, batch.captions, batch.fields, strict=True):
-        value = caption if field == "caption" else fields.get(field)
+        value = {"caption": caption, "key": key}.get(field, fields.get(field))
         if value is None:
-            known = ", ".join(["caption", *sorted(fields)])
+            known = ", ".join(["caption", "key", *sorted(fields)])
             raise ConfigError(
                 f"loss.positives: sample {key!r} has no field {field!r}; it has {known}"
             )

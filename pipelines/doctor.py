@@ -53,7 +53,7 @@ def run(config: DoctorConfig) -> int:
     """Look at everything, print it, and tell by the exit code whether the run would fail."""
     busy = os.getloadavg()[0]
     wanted = config.run
-    accelerator = Accelerator(mixed_precision="bf16" if wanted.precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
         raise ConfigError(
             "run doctor as one process and tell it how many there will be: processes=N"
@@ -193,7 +193,14 @@ class _Visit:
                 on_cpu=device.type == "cpu",
                 load=busy,
             )
-            check_speed(check, wanted, rates, machine, validated=data.validated)
+            check_speed(
+                check,
+                wanted,
+                rates,
+                machine,
+                epoch=training.loader.num_samples,
+                validated=data.validated,
+            )
             check.begin("memory and disk")
             weights = weigh(training)
             side = wanted.augment.decode_size or wanted.model.image_size

@@ -4,32 +4,29 @@ One process or many (`accelerate launch -m pipelines.pretrain CONFIG.yaml`): the
 the same global batches, the same loss, the same gradients.
 """
 
-import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from align.bundle import refuse_place
-from align.checkpoint import checkpoints, load_state, save_state
-from align.optim import cosine_factor, set_learning_rate
-from eval.results import Report
+from align.checkpoint import checkpoints
 from pipelines import run_folder
 from pipelines.bundles import bundle_of, save_bundle
-from pipelines.captions import positive_labels
+from pipelines.cadence import agreed
 from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
-from pipelines.embed import embed_pairs, left_out
-from pipelines.evaluate import retrieval_report
+from pipelines.embed import left_out
 from pipelines.learning import format_rows, origins, summary
 from pipelines.progress import StopOnSignal, TrainingLog
+from pipelines.saving import Saver, resume
 from pipelines.schemas import PretrainConfig
-from pipelines.training import Training, any_rank, build, over_ranks, training_pictures
+from pipelines.step import step
+from pipelines.training import Training, build
+from pipelines.validation import Validation
 from shards.damage import TooMuchDamageError
 from shards.loader import Batch
 
@@ -39,7 +36,7 @@ BAD_STEPS_IN_A_ROW = 5
 
 def run(config: PretrainConfig) -> int:
     """Train until the end, or until asked to stop; then a checkpoint lies ready to go on."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no")  # the precision of the towers is ours to set
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
@@ -52,11 +49,13 @@ def run(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             record(training)
             print(*introduction(training), sep="\n", flush=True)
-        finished = train(training)
+        validation = Validation(training)
+        finished = train(training, Saver(training), validation)
         if finished and accelerator.is_main_process:
             # A run that was resumed at its very end has not measured it.
-            wanted = config.validation.data is not None
-            save_bundle(training, training.validated or (measure(training) if wanted else None))
+            if validation.wanted and validation.last is None:
+                validation.last = validation.measure()
+            save_bundle(training, validation.last)
             done = training.step * config.batch_size
             print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
             if training.cut_captions:
@@ -101,6 +100,8 @@ _MAY_CHANGE = {
     "max_bad_fraction",
     "strict",
     "validation",
+    "trackers",
+    "rank_timeout_s",
     # How a step is computed, not what: rounding and what dropout draws differ, and a run that ran
     # out of memory or time can be helped.
     "compile",
@@ -125,10 +126,10 @@ def plan(training: Training) -> str:
     config, total = training.config, training.loader.num_samples
     place = training.loader.manifest.place
     parameters = sum(one.numel() for one in training.objective.parameters())
-    seen = training.step * config.batch_size
+    seen, epochs = training.step * config.batch_size, training.steps * config.batch_size / total
     return (
         f"{total:,} samples in {place}; {training.steps:,} steps of {config.batch_size} are "
-        f"{config.samples / total:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
+        f"{epochs:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
         f"{training.accelerator.device}"
         + (f"; {seen:,} samples done before" if seen else "")
         + left_out(training.loader.manifest)
@@ -166,7 +167,7 @@ def record(training: Training) -> None:
     run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
 
-def train(training: Training) -> bool:
+def train(training: Training, saver: Saver, validation: Validation) -> bool:
     """Next batch, step, log, save, evaluate, stop; returns whether the end was reached."""
     config, accelerator = training.config, training.accelerator
     writes = accelerator.is_main_process
@@ -182,7 +183,7 @@ def train(training: Training) -> bool:
         batches = iter(training.loader)
         while training.step < training.steps:
             started = time.perf_counter()
-            batch = next_batch(training, batches)
+            batch = next_batch(training, saver, batches)
             measured = {"data_ms": 1000 * (time.perf_counter() - started)}
             measured |= step(training, batch)
             if line := log.step(training.step, measured):
@@ -197,15 +198,16 @@ def train(training: Training) -> bool:
                     "lower optimizer.learning_rate"
                 )
             last = training.step == training.steps
-            asked = any_rank(accelerator, stop.asked)
-            if training.due(config.save_every) or asked or last:
+            asked, by_clock, look_by_clock = agreed(
+                accelerator, (stop.asked, saver.cadence.elapsed(), validation.cadence.elapsed())
+            )
+            if saver.cadence.due(training.step) or by_clock or asked or last:
                 with log.pause():
-                    save_checkpoint(training)
-            if config.validation.data is not None and (
-                training.due(config.validation.every) or last
-            ):
+                    saver.save()
+            due = validation.cadence.due(training.step) or look_by_clock
+            if validation.wanted and (due or last):
                 with log.pause():
-                    log.write({"step": training.step, **validate(training)})
+                    log.write({"step": training.step, **validation.run()})
             if asked and not last:
                 again = "the same command" if config.resume else "the same command with --resume"
                 log.say(
@@ -216,7 +218,7 @@ def train(training: Training) -> bool:
     return True
 
 
-def next_batch(training: Training, batches: Iterator[Batch]) -> Batch:
+def next_batch(training: Training, saver: Saver, batches: Iterator[Batch]) -> Batch:
     """The next batch; where the data turns out too damaged, what was learnt so far is saved first.
 
     Raises:
@@ -228,158 +230,11 @@ def next_batch(training: Training, batches: Iterator[Batch]) -> Batch:
         # Alone: other processes may not have met the damage, and would wait for ever.
         alone = training.accelerator.num_processes == 1
         if alone and training.step:
-            save_checkpoint(training)
+            saver.save()
         raise TooMuchDamageError(
             f"{error}; --resume with a higher max_bad_fraction goes on, "
             "align inspect --verify names all of them for another run"
         ) from None
-
-
-def step(training: Training, batch: Batch) -> dict[str, float]:
-    """One step of the optimiser; one without a finite gradient is skipped and counted."""
-    config, device = training.config, training.accelerator.device
-    # Dropout is a function of the step and the rank, so a resumed run draws what it would have.
-    torch.manual_seed(
-        (config.seed * 1_000_003 + training.step) * 4099 + training.accelerator.process_index
-    )
-    factor = cosine_factor(
-        training.step,
-        warmup=round(config.optimizer.warmup * training.steps),
-        steps=training.steps,
-        floor=config.optimizer.floor,
-    )
-    set_learning_rate(training.optimizer, factor * config.optimizer.learning_rate)
-    texts = training.captions(
-        batch.captions, batch.fields, ids=batch.ids.numpy(), epochs=batch.epochs.numpy()
-    )
-    tokens = training.objective.model.tokenize(texts).to(device)
-    labels = positive_labels(batch, config.loss.positives).to(device)
-
-    started = time.perf_counter()
-    statistics = [buffer.clone() for buffer in training.objective.buffers()]
-    training.wrapped.train()
-    images = training_pictures(training, batch)
-    output = training.wrapped(images, tokens.ids, tokens.mask, labels)
-    training.accelerator.backward(output.loss)
-    # Gradients are the same on every process by now, so all decide alike.
-    norm = torch.nn.utils.clip_grad_norm_(
-        training.objective.parameters(), config.optimizer.max_grad_norm
-    ).item()
-    derived = time.perf_counter()
-    finite = math.isfinite(norm)
-    if finite:
-        training.optimizer.step()
-        if training.average is not None:
-            training.average.update_parameters(training.objective)
-    else:
-        training.skipped += 1
-        # The batch has been seen by running statistics too; they forget it.
-        for buffer, before in zip(training.objective.buffers(), statistics, strict=True):
-            buffer.copy_(before)
-    training.optimizer.zero_grad(set_to_none=True)
-    training.step += 1
-    counts = {"bad": float(training.loader.bad), "cut": float(tokens.truncated)}
-    counted = {name: torch.tensor(count, device=device) for name, count in counts.items()}
-    metrics = over_ranks(training.accelerator, {**output.metrics, **counted})
-    processes = training.accelerator.num_processes
-    training.bad_samples = training.earlier_bad + round(metrics.pop("bad") * processes)
-    training.cut_captions += round(metrics.pop("cut") * processes)
-    return {
-        **metrics,
-        "learning_rate": factor * config.optimizer.learning_rate,
-        "gradient_norm": norm,
-        "finite": float(finite),
-        "forward_backward_ms": 1000 * (derived - started),
-        "optimizer_ms": 1000 * (time.perf_counter() - derived),
-    }
-
-
-def save_checkpoint(training: Training) -> None:
-    """Write a whole checkpoint, then forget the oldest beyond what is to be kept."""
-    config = training.config
-    report = training.data_report()
-    if training.accelerator.is_main_process:
-        save_state(
-            config.out / "checkpoints" / f"step_{training.step:09d}",
-            module=training.objective,
-            optimizer=training.optimizer,
-            average=training.average,
-            progress={
-                "step": training.step,
-                "skipped": training.skipped,
-                "loader": {"consumed": training.step * config.batch_size},
-                "data": training.fingerprint,
-                "data_report": report,
-            },
-        )
-        for old in checkpoints(config.out)[: -config.keep]:
-            shutil.rmtree(old)
-        run_folder.write_json(config.out / "data_report.json", report)
-    training.accelerator.wait_for_everyone()
-
-
-def resume(training: Training) -> None:
-    """Go on from the newest whole checkpoint, where there is one."""
-    config = training.config
-    found = checkpoints(config.out)
-    if not found:
-        return
-    progress = load_state(
-        found[-1],
-        module=training.objective,
-        optimizer=training.optimizer,
-        average=training.average,
-    )
-    if progress["data"] != training.fingerprint:
-        raise ConfigError(
-            f"{training.loader.manifest.place}: not the data this run was started with "
-            f"(fingerprint {training.fingerprint[:12]}, before {progress['data'][:12]})"
-        )
-    training.step, training.skipped = progress["step"], progress["skipped"]
-    training.loader.load_state_dict(progress["loader"])
-    training.earlier_report = progress["data_report"]
-    training.cut_captions = progress["data_report"]["cut_captions"]
-
-
-def validate(training: Training) -> dict[str, Any]:
-    """Recall at 1 both ways on the validation set, by the main process while the others wait."""
-    config, figures = training.config, {}
-    if training.accelerator.is_main_process:
-        report = measure(training)
-        training.validated = report if training.step == training.steps else None
-        figures = {
-            "samples": training.step * config.batch_size,
-            **{name: report[name].value for name in _VALIDATION_FIGURES},
-        }
-    training.accelerator.wait_for_everyone()
-    return figures
-
-
-def measure(training: Training) -> Report:
-    """Retrieval both ways on the validation set."""
-    config = training.config
-    assert config.validation.data is not None
-    embedded = embed_pairs(
-        training.chosen_model,
-        config.validation.data,
-        where=config.validation.where,
-        image_size=training.image_size,
-        caption_fields=config.caption_fields,
-        max_bad_fraction=config.max_bad_fraction,
-        strict=config.strict,
-    )
-    protocol = {
-        "data": embedded.fingerprint,
-        "where": config.validation.where,
-        "bad_samples_left_out": embedded.bad,
-    }
-    return retrieval_report(embedded, title="validation", protocol=protocol)
-
-
-_VALIDATION_FIGURES = (
-    *("image_to_text_recall@1", "image_to_text_recall@5"),
-    *("text_to_image_recall@1", "text_to_image_recall@5"),
-)
 
 
 if __name__ == "__main__":

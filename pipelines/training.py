@@ -11,19 +11,19 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from align.losses import InfoNCE
+from align.losses import build_loss
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
 from align.parameters import Learning, freeze, how_it_learns
 from align.tokenizer import Tokenizer
 from align.tokenizer_source import tokenizer_of
-from eval.results import Report
 from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.importing import no_bars
 from pipelines.learning import learning_rules, locked_at_random
 from pipelines.schemas import ModelConfig, PretrainConfig
+from pipelines.schemas.values import steps_of
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
 from shards.damage import DamageTally, merged
@@ -45,6 +45,7 @@ class Training:
     learning: dict[str, Learning]  # of each parameter
     wrapped: Any  # the objective as Accelerate prepared it
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
     average: AveragedModel | None
     fingerprint: str
     notes: list[str]  # on what is locked at random weights
@@ -53,12 +54,25 @@ class Training:
     bad_samples: int = 0  # met by all processes since the run began
     cut_captions: int = 0  # likewise, longer than the context
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
-    validated: Report | None = None  # what the last step left, where it was measured
 
     @property
     def steps(self) -> int:
         """Length of the run."""
-        return self.config.samples // self.config.batch_size
+        return self.count(self.config.samples)
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces this process works its share of a batch through in."""
+        local = self.config.batch_size // self.accelerator.num_processes
+        return local // (self.config.micro_batch_size or local)
+
+    def count(self, span: int | str) -> int:
+        """How many steps a length makes."""
+        return steps_of(span, batch_size=self.config.batch_size, epoch=self.loader.num_samples)
+
+    def share(self, part: float | int | str) -> int:
+        """How many steps a share of the run makes, or a length."""
+        return round(part * self.steps) if isinstance(part, float) else self.count(part)
 
     @property
     def chosen_model(self) -> DualEncoder:
@@ -84,14 +98,10 @@ class Training:
         report = merged([*([self.earlier_report] if self.earlier_report else []), *ranks])
         return {**report, "cut_captions": self.cut_captions}
 
-    def due(self, samples: int) -> bool:
-        """Whether a cadence of so many samples falls due with the step just taken."""
-        done = self.step * self.config.batch_size
-        return done // samples > (done - self.config.batch_size) // samples
-
 
 def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     """Make every part of a run from its configuration; nothing is written yet."""
+    refuse_uneven_pieces(config, accelerator)
     augment = make_augment(config)
     with accelerator.main_process_first():  # a scan is made once, and kept for the others
         sources = open_sources(config)
@@ -142,10 +152,12 @@ def assemble(
 ) -> Training:
     """The model and its optimiser, together with what feeds them."""
     torch.manual_seed(config.seed)
-    loss = InfoNCE(
+    loss = build_loss(
+        config.loss.name,
+        samples=loader.num_samples,
         temperature=config.loss.temperature,
         min_temperature=config.loss.min_temperature,
-        label_smoothing=config.loss.label_smoothing,
+        **config.loss.options,
     )
     objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
     for size in {*(stage.image_size for stage in config.stages), config.model.image_size}:
@@ -181,10 +193,25 @@ def assemble(
         learning=learning,
         wrapped=accelerator.prepare_model(objective),
         optimizer=optimizer,
+        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16"),
         average=average,
         fingerprint=loader.manifest.fingerprint,
         notes=notes,
     )
+
+
+def refuse_uneven_pieces(config: PretrainConfig, accelerator: Accelerator) -> None:
+    """Every process works through whole pieces.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    processes, micro = accelerator.num_processes, config.micro_batch_size
+    if micro is not None and config.batch_size % (micro * processes):
+        raise ConfigError(
+            f"micro_batch_size: {micro} on {processes} processes does not divide batch_size "
+            f"({config.batch_size})"
+        )
 
 
 def make_tokenizer(
@@ -325,14 +352,6 @@ def training_pictures(training: Training, batch: Batch) -> torch.Tensor:
     if training.augment is not None:
         return training.augment(images, batch.ids, batch.epochs, size=size)
     return images if images.shape[-1] == size else resize(images, size)
-
-
-def any_rank(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether any process was asked to stop: they stop together or not at all."""
-    if accelerator.num_processes == 1:
-        return asked
-    flag = torch.tensor([asked], dtype=torch.float32, device=accelerator.device)
-    return bool(accelerator.reduce(flag).sum() > 0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:

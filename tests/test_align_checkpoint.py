@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from align.checkpoint import checkpoints, load_state, save_state
 from align.folders import whole_folder
 from align.losses import InfoNCE
-from align.objective import ContrastiveObjective
+from align.objective import ContrastiveObjective, Pairs
 from align.optim import build_optimizer, parameter_groups
 
 
@@ -144,7 +144,8 @@ class Run:
             images = torch.randint(0, 256, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
             texts = ["red dot", "blue ring", "green bar", "a black cross", "dot", "yellow"]
             tokens = self.objective.model.tokenize(texts[step % 3 :] + texts[: step % 3])
-            output = self.objective(images, tokens.ids, tokens.mask, torch.arange(6))
+            rows = torch.arange(6)
+            output = self.objective(Pairs(images, tokens.ids, tokens.mask, rows, rows))
             output.loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

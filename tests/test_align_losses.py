@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from align.losses import InfoNCE
 from align.model import DualEncoder
-from align.objective import ContrastiveObjective
+from align.objective import ContrastiveObjective, Pairs
 
 
 def slow_info_nce(image, text, labels, *, scale: float, smoothing: float) -> float:
@@ -201,7 +201,7 @@ def gradients_of_real_towers(rank: int, world: int, folder: str, chunks: int) ->
     width = int(tokens.mask[mine].sum(dim=1).max())  # as a loader of its own would pad them
     given_ = images[mine], tokens.ids[mine, :width], tokens.mask[mine, :width], labels[mine]
     model = DistributedDataParallel(objective)  # which has to live until all is derived
-    model(*given_).loss.backward()
+    model(Pairs(*given_, labels[mine])).loss.backward()
     gradients = {name: p.grad for name, p in model.module.named_parameters()}
     torch.save(gradients, Path(folder) / f"{rank}.pt")
 
@@ -211,7 +211,9 @@ def test_two_processes_with_texts_of_other_lengths_give_the_gradient_of_one(tmp_
     alone = real_objective()
     alone.model.text.chunks = 1
     images, tokens, labels = uneven_pairs(alone.model)
-    alone(images, tokens.ids, tokens.mask, labels).loss.backward()
+    loss = alone(Pairs(images, tokens.ids, tokens.mask, labels, labels)).loss
+    assert loss is not None
+    loss.backward()
     run_ranks(gradients_of_real_towers, 2, str(tmp_path), 3)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

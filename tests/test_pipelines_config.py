@@ -193,7 +193,7 @@ def test_unknown_keys_inside_lists_and_named_entries_list_the_right_known_keys()
         ("resume", "maybe"),
         ("optimizer.learning_rate", "fast"),
         ("optimizer.options", [1]),
-        ("loss.label_smoothing", 1.0),
+        ("loss.temperature", 0.0),
         ("samples", 0),
         ("seed", "x"),
         ("workers", -1),

@@ -1,5 +1,6 @@
 """What a check-up looks at in the data: some samples of every shard, and what becomes of them."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from pipelines.captions import CaptionWriter
 from pipelines.checkup.report import CheckUp, percent, several, size
 from pipelines.embed import chosen
 from pipelines.schemas import PretrainConfig
+from pipelines.schemas.values import samples_of
 from shards.captions import CaptionRule
 from shards.damage import BadSample, Problem, Reason
 from shards.decode import Limits, decode_fields, decode_image
@@ -337,6 +339,14 @@ def check_pictures(check: CheckUp, config: PretrainConfig, found: Look) -> None:
     )
 
 
+def _only_at_the_end(config: PretrainConfig, epoch: int) -> bool:
+    every, length = (
+        samples_of(span, batch_size=config.batch_size, epoch=epoch)
+        for span in (config.validation.every, config.samples)
+    )
+    return math.inf > every > length
+
+
 def check_validation(check: CheckUp, config: PretrainConfig, training_data: Manifest) -> int:
     """The held-out data; returns how many samples each validation reads."""
     if config.validation.data is None:
@@ -365,7 +375,7 @@ def check_validation(check: CheckUp, config: PretrainConfig, training_data: Mani
     if not matching:
         tell = check.problem if looked == len(manifest) else check.note
         tell("validation", text, "the first validation stops the run where none is left")
-    elif config.validation.every > config.samples:
+    elif _only_at_the_end(config, len(training_data)):
         check.note("validation", f"{text}; only at the end", "lower validation.every")
     else:
         check.ok("validation", text)

@@ -1,6 +1,7 @@
 """Whether a run fits its data and its machine: order, folder, weights, disk."""
 
 import fcntl
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipelines.checkup.report import CheckUp, several, size
 from pipelines.config import ConfigError
 from pipelines.pretrain import bundle_of, refuse_to_mix
 from pipelines.schemas import PretrainConfig
+from pipelines.schemas.values import samples_of, steps_of
 from pipelines.training import Training
 
 _MANY_EPOCHS = 100
@@ -48,7 +50,8 @@ def check_order(
             "holds some of them twice",
             "lower batch_size",
         )
-    epochs, steps = config.samples / samples, config.samples // config.batch_size
+    steps = steps_of(config.samples, batch_size=config.batch_size, epoch=samples)
+    epochs = steps * config.batch_size / samples
     text = f"{steps:,} steps of {config.batch_size:,} are {epochs:.1f} epochs"
     if epochs < 1:
         check.note("length", f"{text}: not every sample is seen", "raise samples")
@@ -56,7 +59,8 @@ def check_order(
         check.note("length", f"{text}, which is many for so few samples", "lower samples")
     else:
         check.ok("length", text)
-    if config.save_every > config.samples:
+    every = samples_of(config.save_every, batch_size=config.batch_size, epoch=samples)
+    if math.inf > every > steps * config.batch_size:
         check.note("saving", "no checkpoint before the end", "lower save_every")
 
 

@@ -8,6 +8,7 @@ from math import ceil
 from pipelines.checkup.report import CheckUp, duration, percent, rate, several
 from pipelines.checkup.speed import Rates, Stage
 from pipelines.schemas import PretrainConfig
+from pipelines.schemas.values import samples_of, unit_of
 
 _RARE = 2 * 3600.0
 _BUSY = 0.5
@@ -91,6 +92,7 @@ def check_speed(
     rates: Rates,
     machine: Machine,
     *,
+    epoch: int,
     validated: int,
 ) -> None:
     """Tell the rates, what bounds the run, how long it takes and what would make it quicker.
@@ -100,6 +102,7 @@ def check_speed(
         config: The run.
         rates: What was measured.
         machine: What it was measured on.
+        epoch: Samples in an epoch.
         validated: Samples that each validation reads.
     """
     check.table(_rows(config, rates))
@@ -111,7 +114,7 @@ def check_speed(
     paces = [pace_of(stage, rates, machine, workers=config.workers) for stage in rates.stages]
     longest = max(range(len(paces)), key=lambda one: rates.stages[one].steps * paces[one].whole_s)
     _check_bound(check, config, rates, machine, paces[longest])
-    _check_length(check, config, rates, machine, paces, validated)
+    _check_length(check, config, rates, machine, paces, epoch, validated)
 
 
 def _rows(config: PretrainConfig, rates: Rates) -> list[tuple[str, str, str]]:
@@ -188,6 +191,7 @@ def _check_length(
     rates: Rates,
     machine: Machine,
     paces: Sequence[Pace],
+    epoch: int,
     validated: int,
 ) -> None:
     local = config.batch_size / machine.processes
@@ -197,8 +201,10 @@ def _check_length(
     left = sum(stage.steps for stage in rates.stages) * config.batch_size
     load = rates.read_s + rates.decode_s
     once = validated * (load + _FORWARD * rates.stages[-1].compute_s)
-    often = left // config.validation.every + 1 if validated else 0
     training = sum(times)
+    size = config.batch_size
+    validating = _seconds_between(config.validation.every, size, epoch, training / left)
+    often = int(training // validating) + 1 if validated else 0
     check.numbers["forecast_s"] = {"training": training, "validation": once * often}
     text = f"{left:,} samples take about {duration(training)}"
     if rates.batch < local:
@@ -217,13 +223,21 @@ def _check_length(
         text,
         "a larger validation.every, or fewer samples to validate on",
     )
-    between = training * min(1.0, config.save_every / left)
+    saving = _seconds_between(config.save_every, size, epoch, training / left)
+    between = min(training, saving)
     check.judge(
         between <= _RARE,
         "saving",
         f"a checkpoint about every {duration(between)}",
         "that much is lost when the machine fails: lower save_every",
     )
+
+
+def _seconds_between(span: int | str, batch_size: int, epoch: int, sample_s: float) -> float:
+    number, unit = unit_of(span)
+    if unit == "minutes":
+        return 60 * number
+    return sample_s * samples_of(span, batch_size=batch_size, epoch=epoch)
 
 
 def machine_of(*, threads: int, processes: int, on_cpu: bool, load: float) -> Machine:

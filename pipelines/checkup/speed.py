@@ -9,12 +9,9 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from align.tokenizer import TokenBatch
-from pipelines.captions import positive_labels
 from pipelines.checkup.memory import held_for_backward, peak_of
-from pipelines.pretrain import step
+from pipelines.step import precision, step, tokenised
 from pipelines.training import Training, make_loader, training_pictures
 from shards.damage import BadSample
 from shards.loader import Batch, ShardLoader, Source
@@ -108,7 +105,7 @@ def measure(
     ahead_s = timing.ahead(seconds * _AHEAD) if config.workers else read_s + decode_s
     timing.close()
     some = _of_size(_longest_first(batches), min(local_batch, _BATCH))
-    tokenise_s = _seconds(lambda: _tokenise(training, some), seconds * _PICTURES / 2) / len(some)
+    tokenise_s = _seconds(lambda: tokenised(training, some), seconds * _PICTURES / 2) / len(some)
 
     steps = _Steps(training, batches, local_batch=local_batch)
     last = Stage(config.model.image_size, training.steps - 1, 0)
@@ -320,10 +317,9 @@ class _Steps:
         """Bytes that a forward pass holds for the backward pass."""
         training, batch = self._training, _of_size(self._pool, size)
         training.step = stage.first_step
-        tokens, labels = _tokenise(training, batch)
-        images = training_pictures(training, batch)
-        with held_for_backward() as held:
-            training.wrapped(images, tokens.ids, tokens.mask, labels)
+        pairs, _ = tokenised(training, batch)
+        with held_for_backward() as held, precision(training):
+            training.wrapped(pairs.piece(0, training.pieces))
         return held.bytes
 
 
@@ -361,15 +357,6 @@ def _chosen(batch: Batch, rows: list[int]) -> Batch:
         epochs=batch.epochs[rows],
         consumed=batch.consumed,
     )
-
-
-def _tokenise(training: Training, batch: Batch) -> tuple[TokenBatch, Tensor]:
-    texts = training.captions(
-        batch.captions, batch.fields, ids=batch.ids.numpy(), epochs=batch.epochs.numpy()
-    )
-    device = training.accelerator.device
-    tokens = training.objective.model.tokenize(texts).to(device)
-    return tokens, positive_labels(batch, training.config.loss.positives).to(device)
 
 
 def _augment(training: Training, batch: Batch) -> None:

@@ -7,15 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from align.encoders import IMAGE_LIBRARIES, TEXT_LIBRARIES
+from align.losses import LOSSES
 from pipelines.config import Config
+from pipelines.schemas.evaluation import TaskConfig
 from pipelines.schemas.presets import laid_under, preset, presets
 from pipelines.schemas.values import (
     CAPTION_FIELDS,
     PLACE,
     WHERE,
     BadFraction,
+    Cadence,
     CaptionField,
     Data,
+    Length,
     NonNegativeInt,
     Place,
     Seed,
@@ -130,16 +134,32 @@ class TokenizerConfig(Config):
 
 
 class LossConfig(Config):
-    """InfoNCE with a learnable temperature."""
+    """The contrastive loss, with a learnable temperature."""
 
+    name: str = Field(
+        default="infonce", description=f"{', '.join(LOSSES)}, or package.module:Name."
+    )
     temperature: PositiveFloat = Field(default=0.07, description="Where it starts.")
     min_temperature: PositiveFloat = Field(default=0.01, description="How low it may go.")
-    label_smoothing: Share = Field(default=0.0, description="Share of the target spread evenly.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further options of the loss: label_smoothing of infonce, bias of sigmoid,\n"
+        "gamma of global_contrastive.",
+    )
     positives: str = Field(
         default="caption",
         description="Samples that agree in this field are right for each other:\n"
-        "caption, or a field of the JSON member.",
+        "caption, key (each for itself alone), or a field of the JSON member.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in LOSSES and ":" not in name:
+            raise ValueError(
+                f"unknown loss {name!r}; known: {', '.join(LOSSES)}, or package.module:Name"
+            )
+        return name
 
 
 class RuleConfig(Config):
@@ -163,15 +183,26 @@ class RuleConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """The optimiser, its linear warm-up and half a cosine."""
+    """The optimiser and its schedule."""
 
     name: str = Field(default="adamw", description="adamw, or any optimiser of timm, such as muon.")
     options: dict[str, Any] = Field(
         default={"betas": [0.9, 0.98]}, description="Keyword arguments of the optimiser."
     )
     learning_rate: PositiveFloat = Field(default=5e-4, description="At its peak.")
-    floor: Share = Field(default=0.0, description="Where the cosine ends, as a share of the peak.")
-    warmup: Share = Field(default=0.05, description="Share of the run that warms up.")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine",
+        description="After a linear warm-up: half a cosine down to floor; or constant, then\n"
+        "linearly down to floor over the cooldown.",
+    )
+    floor: Share = Field(default=0.0, description="Where it ends, as a share of the peak.")
+    warmup: Share | Length = Field(
+        default=0.05,
+        description="Share of the run that warms up; or a length, such as 2000 steps, 1 epochs.",
+    )
+    cooldown: Share | Length = Field(
+        default=0.2, description="Likewise, of what cools down, where the schedule is constant."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="On matrices and kernels; never on gains, biases, temperature."
     )
@@ -224,12 +255,25 @@ class StageConfig(Config):
     image_size: PositiveInt = Field(description="Side of the pictures, in pixels.")
 
 
+_EVERY = "A number of samples; or with a unit: 500 steps, 1 epochs, 30 minutes."
+
+
 class ValidationConfig(Config):
-    """Retrieval on held-out pairs while training."""
+    """Evaluation while training, by all processes: retrieval on held-out pairs, and tasks."""
 
     data: Place | None = Field(default=None, description="Shards; null = none.")
     where: Where = Field(default_factory=dict, description=WHERE)
-    every: PositiveInt = Field(default=100_000, description="After this many samples.")
+    every: Cadence = Field(default=100_000, description=_EVERY)
+    tasks: dict[str, TaskConfig] = Field(
+        default_factory=dict,
+        description="Further evaluations by title, as in evaluate: {title: {task, data, where,\n"
+        "label, templates}}.",
+    )
+    best: str | None = Field(
+        default=None,
+        description="Figure by which the best checkpoint is kept beyond the newest, such as\n"
+        "text_to_image_recall@1, or TITLE/top1 of a task; null = none.",
+    )
 
 
 class PretrainConfig(Config):
@@ -250,6 +294,11 @@ class PretrainConfig(Config):
         default=None,
         description=f"Other defaults for what follows: {', '.join(presets())}.\n"
         "What is given wins, key by key; --print shows what comes of it, and preset is null then.",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="A bundle (folder or hub id) to go on from with all of its weights: towers,\n"
+        "projections, temperature and tokenizer; model and tokenizer are then the bundle's.",
     )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -274,8 +323,23 @@ class PretrainConfig(Config):
     batch_size: PositiveInt = Field(
         default=256, description="Global batch: all processes together."
     )
-    samples: PositiveInt = Field(default=1_000_000, description="How many to train on in all.")
-    precision: Literal["fp32", "bf16"] = Field(default="bf16", description="Of the towers.")
+    micro_batch_size: PositiveInt | None = Field(
+        default=None,
+        description="Rows that go through the towers at a time; null = all that a process has.\n"
+        "A second forward pass saves the memory; loss and gradients are those of the whole batch.",
+    )
+    samples: Length = Field(
+        default=1_000_000,
+        description="How many to train on in all; or with a unit: 5000 steps, 30 epochs.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16", description="Of the towers; fp16 scales the loss."
+    )
+    shard_weights: bool = Field(
+        default=False,
+        description="Each process keeps its share of weights, gradients and optimiser state\n"
+        "(FSDP2), for models that do not fit otherwise.",
+    )
     text_chunks: PositiveInt = Field(
         default=4,
         description="Chunks of like length that a batch of captions is cut into, so that little\n"
@@ -300,8 +364,15 @@ class PretrainConfig(Config):
     max_bad_fraction: BadFraction = 0.05
     strict: Strict = False
     log_every: PositiveInt = Field(default=20, description="Steps between log lines.")
-    save_every: PositiveInt = Field(default=100_000, description="Samples between checkpoints.")
-    keep: PositiveInt = Field(default=2, description="Checkpoints to keep.")
+    save_every: Cadence = Field(default=100_000, description=f"Between checkpoints. {_EVERY}")
+    keep: PositiveInt = Field(default=2, description="Newest checkpoints to keep.")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list,
+        description="Where metrics go beside metrics.jsonl; each needs its package.",
+    )
+    rank_timeout_s: PositiveFloat = Field(
+        default=1800.0, description="How long processes wait for one that hangs or died."
+    )
     validation: ValidationConfig = ValidationConfig()
     resume: bool = Field(default=False, description="Go on from the newest checkpoint in out.")
 
@@ -325,11 +396,16 @@ class PretrainConfig(Config):
             raise ValueError(
                 f"batch_size: {self.batch_size} must be a multiple of lanes ({self.lanes})"
             )
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(
+                f"batch_size: {self.batch_size} must be a multiple of micro_batch_size ({micro})"
+            )
         if not self.data:
             raise ValueError("data: names no data set")
         ends = [stage.until for stage in self.stages]
         if ends != sorted(set(ends)):
             raise ValueError(f"stages: {ends} must ascend; a later stage ends later")
-        if self.samples < self.batch_size:
+        if isinstance(self.samples, int) and self.samples < self.batch_size:
             raise ValueError(f"samples: {self.samples} is less than one batch ({self.batch_size})")
         return self

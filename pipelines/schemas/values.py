@@ -1,5 +1,6 @@
 """Kinds of values that several verbs take."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -26,6 +27,60 @@ Place = Annotated[str, BeforeValidator(_text)]
 PLACE = (
     "Shards: a folder, one .tar or a pattern such as a/{0..7}.tar; a path or a URL\n(http, s3, gs)."
 )
+
+
+def _span(value: Any, units: tuple[str, ...]) -> Any:
+    """A number of samples, or `NUMBER UNIT`, in one way of writing."""
+    match = re.fullmatch(
+        r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([a-z]*)", str(value).strip()
+    )
+    number, unit = (float(match[1]), match[2] or "samples") if match else (0.0, "")
+    name = next((one for one in units if unit in (one, one.removesuffix("s"))), None)
+    if name is None or not 0 < number < 1e18:
+        known = ", ".join(units)
+        raise ValueError(
+            f"{value!r} is no span: give a number of samples, or one with a unit ({known}), such "
+            f"as 500 {units[-1]}"
+        )
+    if name in ("samples", "steps") and number != int(number):
+        raise ValueError(f"{value!r}: {name} come whole")
+    return int(number) if name == "samples" else f"{number:.12g} {name}"
+
+
+_LENGTHS = ("samples", "steps", "epochs")
+_CADENCES = (*_LENGTHS, "minutes")
+
+
+def unit_of(span: int | str) -> tuple[float, str]:
+    """Number and unit of a span."""
+    if isinstance(span, int):
+        return float(span), "samples"
+    number, unit = span.split()
+    return float(number), unit
+
+
+def steps_of(span: int | str, *, batch_size: int, epoch: int) -> int:
+    """How many steps a span of samples, steps or epochs makes, rounded down; at least one.
+
+    Args:
+        span: a `Length`.
+        batch_size: samples in a step.
+        epoch: samples in an epoch.
+    """
+    return max(1, int(samples_of(span, batch_size=batch_size, epoch=epoch) // batch_size))
+
+
+def samples_of(span: int | str, *, batch_size: int, epoch: int) -> float:
+    """How many samples a span makes; of minutes, nobody knows: infinity."""
+    number, unit = unit_of(span)
+    each = {"samples": 1, "steps": batch_size, "epochs": epoch}
+    return number * each[unit] if unit in each else math.inf
+
+
+Length = Annotated[int | str, BeforeValidator(lambda value: _span(value, _LENGTHS))]
+"""A number of samples, or as in `500 steps`, `20 epochs`."""
+Cadence = Annotated[int | str, BeforeValidator(lambda value: _span(value, _CADENCES))]
+"""Likewise, or as in `30 minutes`."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -1,16 +1,15 @@
-"""Contrastive losses over unit-length embeddings."""
-
-import math
+"""InfoNCE: the contrastive loss of CLIP, with any number of positives a row."""
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.gather import gather_labels, gather_rows, world_size
+from align.losses.loss import ContrastiveLoss
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(ContrastiveLoss):
     r"""Symmetric InfoNCE with a learnable temperature and any number of positives a row.
 
     With similarities $s_{ij} = e^{t}\, x_i \cdot y_j$ over all pairs of the global batch of $N$,
@@ -45,41 +44,20 @@ class InfoNCE(nn.Module):
         min_temperature: float = 0.01,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        if not 0 < min_temperature <= temperature:
-            raise ValueError(
-                f"InfoNCE needs 0 < min_temperature <= temperature, got {min_temperature} and "
-                f"{temperature}"
-            )
+        super().__init__(temperature=temperature, min_temperature=min_temperature)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"InfoNCE needs 0 <= label_smoothing < 1, got {label_smoothing}")
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        self.max_logit_scale = -math.log(min_temperature)
         self.label_smoothing = label_smoothing
-
-    def scale(self) -> Float[Tensor, ""]:
-        """What similarities are multiplied by: the inverse temperature.
-
-        An optimiser may overshoot the bound; the parameter is set back to it, not merely clamped,
-        since beyond it there would be no gradient to come back by.
-        """
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=self.max_logit_scale)
-        return self.logit_scale.exp()
 
     def forward(
         self,
         image: Float[Tensor, "batch dim"],
         text: Float[Tensor, "batch dim"],
         labels: Int[Tensor, " batch"] | None = None,
+        samples: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of the global batch, in nats; in fp32 or better, whatever the autocast.
-
-        Args:
-            image: unit-length rows of this process.
-            text: unit-length rows of this process.
-            labels: rows of equal label are right for each other; None = row i for row i alone.
-        """
+        """The loss of the global batch, in nats; see `ContrastiveLoss.forward`."""
+        del samples
         with torch.autocast(image.device.type, enabled=False):
             exact = torch.promote_types(image.dtype, torch.float32)
             image, text = image.to(exact), text.to(exact)
