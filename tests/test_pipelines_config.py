@@ -114,7 +114,7 @@ def test_all_mistakes_come_at_once_each_with_path_and_advice():
         "data": "shards",
         "batch_sise": 3,
         "samples": "many",
-        "precision": "fp16",
+        "precision": "fp8",
         "model": {"dim": -1, "imaje_size": 32, "image": {"name": "timm", "opsions": {}}},
         "optimizer": {"learning_rate": 0, "warmup": 1.0},
     }

@@ -673,8 +673,7 @@ def test_validation_and_stages_are_part_of_a_run(data, tmp_path):
     original = training.training_pictures
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pretrain,
-            "training_pictures",
+            "pipelines.step.training_pictures",
             lambda *given: [images := original(*given), sizes.append(images.shape[-1])][0],
         )
         assert pretrain.run(config(values)) == 0

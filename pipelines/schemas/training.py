@@ -21,6 +21,7 @@ from pipelines.schemas.values import (
     Data,
     Length,
     NonNegativeInt,
+    Part,
     Place,
     Seed,
     Share,
@@ -196,11 +197,11 @@ class OptimizerConfig(Config):
         "linearly down to floor over the cooldown.",
     )
     floor: Share = Field(default=0.0, description="Where it ends, as a share of the peak.")
-    warmup: Share | Length = Field(
+    warmup: Part = Field(
         default=0.05,
         description="Share of the run that warms up; or a length, such as 2000 steps, 1 epochs.",
     )
-    cooldown: Share | Length = Field(
+    cooldown: Part = Field(
         default=0.2, description="Likewise, of what cools down, where the schedule is constant."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(

@@ -82,6 +82,20 @@ Length = Annotated[int | str, BeforeValidator(lambda value: _span(value, _LENGTH
 Cadence = Annotated[int | str, BeforeValidator(lambda value: _span(value, _CADENCES))]
 """Likewise, or as in `30 minutes`."""
 
+
+def _part(value: Any) -> Any:
+    if not isinstance(value, float) and value != 0:
+        return _span(value, _LENGTHS)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{value!r} is no share of the run below 1, nor a length such as 500 steps, 1 epochs"
+        )
+    return float(value)
+
+
+Part = Annotated[float | int | str, BeforeValidator(_part)]
+"""A share of the run, below 1, or a length."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
