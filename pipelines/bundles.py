@@ -22,7 +22,7 @@ def bundle_of(config: PretrainConfig) -> Path:
 
 
 def save_bundle(training: Training, validated: Report | None = None) -> None:
-    """The trained model as a folder that `align.load` opens, with the temperature it ended with.
+    """The trained model as a folder that `align.load` opens, with its last temperature and bias.
 
     Args:
         training: the run.
@@ -33,6 +33,8 @@ def save_bundle(training: Training, validated: Report | None = None) -> None:
     with torch.no_grad():
         chosen.loss.scale()  # sets what an optimiser overshot back to its bound
         chosen.model.logit_scale.copy_(chosen.loss.logit_scale)
+        if chosen.loss.logit_bias is not None:
+            chosen.model.logit_bias.copy_(chosen.loss.logit_bias)
     save(
         chosen.model,
         bundle_of(config),
