@@ -36,7 +36,9 @@ BAD_STEPS_IN_A_ROW = 5
 
 def run(config: PretrainConfig) -> int:
     """Train until the end, or until asked to stop; then a checkpoint lies ready to go on."""
-    accelerator = Accelerator(mixed_precision="no")  # the precision of the towers is ours to set
+    # The precision of the towers is ours to set. Without a GPU, Accelerate has to be told so, or
+    # processes that a launcher started would each train alone.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
