@@ -85,6 +85,9 @@ class ContrastiveObjective(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        # What a loss keeps of every sample is large, and the same on all processes by itself.
+        own = [f"loss.{name}" for name, _ in loss.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = own
 
     def forward(
         self, pairs: Pairs, *, want_loss: bool = True, derivative: Derivative | None = None

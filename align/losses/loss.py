@@ -72,3 +72,6 @@ class ContrastiveLoss(nn.Module, ABC):
 
         A step that is skipped is not committed, and leaves no trace.
         """
+
+    def forget_samples(self) -> None:
+        """Drop what is kept of every sample: for a copy that never trains."""
