@@ -180,6 +180,7 @@ def assemble(
     if config.optimizer.average:
         averaging = get_ema_multi_avg_fn(config.optimizer.average)
         average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
+        average.module.loss.forget_samples()  # pyright: ignore
     if config.compile:  # behind the copy that is averaged, which is only evaluated
         for tower in (objective.model.image, objective.model.text):
             tower.compile()
