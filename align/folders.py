@@ -33,7 +33,7 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     try:
         yield beside
         for path in [*beside.rglob("*"), beside]:
-            _flush(path)
+            flush(path)
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
@@ -48,7 +48,7 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
         raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -97,7 +97,8 @@ def damage(error: Exception) -> str:
     return (said or repr(error))[:300]
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what was written to a file, or which files are in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
