@@ -175,6 +175,7 @@ def train(training: Training, saver: Saver, validation: Validation) -> bool:
     writes = accelerator.is_main_process
     log = TrainingLog(
         config.out / "metrics.jsonl" if writes else None,
+        ledger=training.ledger,
         steps=training.steps,
         done=training.step,
         batch_size=config.batch_size,

@@ -1,14 +1,16 @@
 """What a long run shows and keeps of itself: a bar or plain lines, `metrics.jsonl`, signals."""
 
 import json
+import math
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -41,30 +43,129 @@ class StopOnSignal:
             signal.signal(number, handler)
 
 
+@dataclass
+class Ledger:
+    r"""What a run remembers of its steps between two lines, and of its latest losses.
+
+    It goes into checkpoints, so that a run that goes on writes the lines of one never stopped.
+    Clocks are not in it: they tell of a process, not of the training.
+
+    A loss is a spike where it is above the median of the (up to 100) before it by six times their
+    spread, $1.4826 \cdot \mathrm{median} |x - \mathrm{median}(x)|$ (the standard deviation, of a
+    normal distribution), and by a fifth of the median at least. Steps in a row are one spike.
+
+    Attributes:
+        sums: total and number of values since the last line, by name.
+        recent: the latest finite losses, newest last.
+        spikes: how many there were.
+        spiking: whether the last step was part of one.
+    """
+
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    recent: list[float] = field(default_factory=list)
+    spikes: int = 0
+    spiking: bool = False
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take in what a step measured; what is not finite counts as not measured."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            if math.isfinite(value):
+                total, count = total + value, count + 1
+            self.sums[name] = (total, count)
+
+    def means(self) -> dict[str, float | None]:
+        """Of everything since the last time, which is forgotten; None where nothing was finite."""
+        found = {
+            name: total / count if count else None for name, (total, count) in self.sums.items()
+        }
+        self.sums.clear()
+        return found
+
+    def judge(self, loss: float) -> float | None:
+        """Take in a step's loss; the median before it where a spike begins, else None."""
+        if not math.isfinite(loss):
+            return None
+        before, was_spiking = self.recent, self.spiking
+        self.spiking, middle = False, 0.0
+        if len(before) >= _FEW:
+            middle = median(before)
+            spread = 1.4826 * median(abs(value - middle) for value in before)
+            self.spiking = loss > middle + max(6 * spread, 0.2 * abs(middle))
+        self.recent = [*before[1 - _MANY :], loss]
+        begins = self.spiking and not was_spiking
+        self.spikes += begins
+        return middle if begins else None
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "sums": {name: list(pair) for name, pair in self.sums.items()},
+            "recent": list(self.recent),
+            "spikes": self.spikes,
+            "spiking": self.spiking,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self.recent = list(state["recent"])
+        self.spikes, self.spiking = state["spikes"], state["spiking"]
+
+
+_FEW, _MANY = 20, 100
+"""Losses before one that it takes to call it a spike, and how many of them are looked at."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Something that follows a run's lines: a page, a tracker."""
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A line was written."""
+
+    def end(self) -> None:
+        """No line follows."""
+
+
 class TrainingLog:
     """Collects what steps report and writes a line now and then.
 
     A line holds the mean since the last one of everything measured, samples per second, and how
-    the time of a step was spent, in milliseconds.
+    the time of a step was spent, in milliseconds: what a step measures as `*_ms` is averaged over
+    the steps that did, and `other_ms` is what remains of a step. What is measured of some steps
+    only, such as norms, is that of the step of the line.
 
     Args:
         path: the metrics file, one JSON object a line; None on processes that do not write.
+        ledger: what was remembered before; it is kept up to date.
         steps: length of the run.
         done: steps already taken by the run this one goes on from.
         batch_size: samples in a step, of all processes.
-        every: steps between lines.
+        every: steps between lines; the last step has one in any case.
+        observers: told of every line.
     """
 
     def __init__(
-        self, path: Path | None, *, steps: int, done: int, batch_size: int, every: int
+        self,
+        path: Path | None,
+        *,
+        ledger: Ledger,
+        steps: int,
+        done: int,
+        batch_size: int,
+        every: int,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.path = path
+        self.ledger = ledger
         self.steps = steps
-        self._steps = 0
         self.every = every
         self.batch_size = batch_size
-        self._sums: dict[str, float] = defaultdict(float)
+        self.observers = observers
+        self._steps = 0
         self._count = 0
+        self._clocks = Ledger()
         self._since = time.perf_counter()
         self._bar = tqdm(
             total=steps * batch_size,
@@ -80,6 +181,8 @@ class TrainingLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        for observer in self.observers:
+            observer.end()
 
     def step(self, step: int, measured: dict[str, float]) -> dict[str, Any] | None:
         """Take in a step; returns the line where one is due, for the caller to complete."""
@@ -89,16 +192,22 @@ class TrainingLog:
             seconds = (time.perf_counter() - self._since) / _ENOUGH_TO_TELL
             left = seconds * (self.steps - step)
             self.say(f"about {_duration(left)} to go at {self.batch_size / seconds:.0f} samples/s")
-        for name, value in measured.items():
-            self._sums[name] += value
+        self._clocks.add({name: one for name, one in measured.items() if name.endswith("_ms")})
+        self.ledger.add({name: one for name, one in measured.items() if not name.endswith("_ms")})
+        usual = self.ledger.judge(measured["loss"])
+        if usual is not None:
+            self.say(
+                f"step {step:,}: a loss of {measured['loss']:.4g}, far above the {usual:.4g} of "
+                "the steps before"
+            )
         self._bar.update(self.batch_size)
-        if step % self.every:
+        if not is_logged(step, every=self.every, steps=self.steps):
             return None
         now = time.perf_counter()
         line: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
-        line |= {name: total / self._count for name, total in self._sums.items()}
+        line |= {**self.ledger.means(), "spikes": self.ledger.spikes}
         line["samples_per_second"] = self._count * self.batch_size / (now - self._since)
-        self._sums.clear()
+        line |= _budget(1000 * (now - self._since) / self._count, self._clocks.means())
         self._count, self._since = 0, now
         return line
 
@@ -108,15 +217,13 @@ class TrainingLog:
             return
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
-        shown = {
-            key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-            for key, value in line.items()
-            if key in _SHOWN
-        }
+        shown = {key: _short(value) for key, value in line.items() if key in _SHOWN}
         if self._bar.disable:
             self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
         else:
             self._bar.set_postfix({k: v for k, v in shown.items() if k != "samples"})
+        for observer in self.observers:
+            observer.line(line)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -131,6 +238,28 @@ class TrainingLog:
             tqdm.write(text)
 
 
+def is_logged(step: int, *, every: int, steps: int) -> bool:
+    """Whether a line is due after so many steps."""
+    return step % every == 0 or step == steps
+
+
+def _budget(step_ms: float, clocks: dict[str, float | None]) -> dict[str, float]:
+    """How a step was spent, and what share of the peak it reached, from the means of clocks.
+
+    `loss_ms` is measured within `forward_backward_ms` of some steps, and is taken out of it in the
+    proportion that it had there; `ideal_ms` is how long the step's arithmetic would take at the
+    peak, and `mfu` its share of the whole step.
+    """
+    known = {name: value for name, value in clocks.items() if value is not None}
+    ideal, around = known.pop("ideal_ms", None), known.pop("around_loss_ms", None)
+    if "loss_ms" in known and around:
+        share = min(1.0, known["loss_ms"] / around)
+        both = known["forward_backward_ms"]
+        known |= {"forward_backward_ms": (1 - share) * both, "loss_ms": share * both}
+    known["other_ms"] = max(0.0, step_ms - sum(known.values()))
+    return known if ideal is None else {**known, "mfu": ideal / step_ms}
+
+
 _ENOUGH_TO_TELL = 3
 """Steps after which the time that is left can be told."""
 
@@ -139,6 +268,12 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def _short(value: int | float | None) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 _SHOWN = (

@@ -39,6 +39,7 @@ class Saver:
                     "step": training.step,
                     "skipped": training.skipped,
                     "loader": {"consumed": training.step * config.batch_size},
+                    "log": training.ledger.state(),
                     "data": training.fingerprint,
                     "data_report": report,
                 },
@@ -71,4 +72,5 @@ def resume(training: Training) -> None:
     training.step, training.skipped = progress["step"], progress["skipped"]
     training.loader.load_state_dict(progress["loader"])
     training.earlier_report = progress["data_report"]
+    training.ledger.restore(progress["log"])
     training.cut_captions = progress["data_report"]["cut_captions"]

@@ -1,6 +1,6 @@
 """The parts of a training run, made from its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.importing import no_bars
 from pipelines.learning import learning_rules, locked_at_random
+from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
 from pipelines.schemas.values import steps_of
 from shards.augment import Augment
@@ -55,6 +56,7 @@ class Training:
     cut_captions: int = 0  # likewise, longer than the context
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
 
+    ledger: Ledger = field(default_factory=Ledger)  # of what is not yet in a line
     @property
     def steps(self) -> int:
         """Length of the run."""
