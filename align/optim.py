@@ -20,7 +20,9 @@ def parameter_groups(
     A group has its `weight_decay`, its `rate` (which `set_learning_rate` multiplies by) and
     `use_fallback`: it tells optimisers that orthogonalise matrices, such as Muon, to leave tables,
     gains and biases to AdamW: a row of a table is an entry, not a direction of a map. Without rules
-    there are three: matrices and kernels; embedding tables; gains, biases and the temperature.
+    there are four: matrices and kernels; embedding tables; gains and biases; the numbers of the
+    loss, which are scalars: of them no process keeps a share, and no optimiser takes shares and
+    whole tensors at once.
 
     Args:
         module: an objective, a model or a part.
@@ -31,10 +33,10 @@ def parameter_groups(
         ValueError: a rule matches nothing.
     """
     learning = how_it_learns(module, rules, weight_decay=weight_decay)
-    groups: dict[Learning, list[nn.Parameter]] = {}
+    groups: dict[tuple[Learning, bool], list[nn.Parameter]] = {}
     for name, parameter in named(module).items():
         if learning[name].rate:
-            groups.setdefault(learning[name], []).append(parameter)
+            groups.setdefault((learning[name], not parameter.ndim), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -43,7 +45,7 @@ def parameter_groups(
             "rate": one.rate,
         }
         for kind in ("matrix", "table", "gain")
-        for one, parameters in groups.items()
+        for (one, _), parameters in groups.items()
         if one.kind == kind
     ]
 

@@ -1,7 +1,6 @@
 """The bundle of a run: its weights, what they were trained on, and how well they did."""
 
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import torch
@@ -24,19 +23,22 @@ def bundle_of(config: PretrainConfig) -> Path:
 def save_bundle(training: Training, validated: Report | None = None) -> None:
     """The trained model as a folder that `align.load` opens, with its last temperature and bias.
 
+    All processes must call it; the main one writes.
+
     Args:
         training: the run.
         validated: what its end was measured to be.
     """
-    config = training.config
-    chosen: Any = training.objective if training.average is None else training.average.module
+    config, model, loss = training.config, training.chosen_model, training.chosen.loss
+    if not training.accelerator.is_main_process:
+        return
     with torch.no_grad():
-        chosen.loss.scale()  # sets what an optimiser overshot back to its bound
-        chosen.model.logit_scale.copy_(chosen.loss.logit_scale)
-        if chosen.loss.logit_bias is not None:
-            chosen.model.logit_bias.copy_(chosen.loss.logit_bias)
+        loss.scale()  # sets what an optimiser overshot back to its bound
+        model.logit_scale.copy_(loss.logit_scale)
+        if loss.logit_bias is not None:
+            model.logit_bias.copy_(loss.logit_bias)
     save(
-        chosen.model,
+        model,
         bundle_of(config),
         provenance={
             "data": training.fingerprint,

@@ -57,7 +57,9 @@ def run(config: PretrainConfig) -> int:
             # A run that was resumed at its very end has not measured it.
             if validation.wanted and validation.last is None:
                 validation.last = validation.measure()
+        if finished:
             save_bundle(training, validation.last)
+        if finished and accelerator.is_main_process:
             done = training.step * config.batch_size
             print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
             if training.cut_captions:

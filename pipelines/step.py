@@ -9,7 +9,8 @@ import torch
 from align.objective import Pairs, derive
 from align.optim import constant_factor, cosine_factor, set_learning_rate
 from pipelines.captions import positive_labels
-from pipelines.training import Training, over_ranks, training_pictures
+from pipelines.parallel import clip_gradients, over_ranks
+from pipelines.training import Training, training_pictures
 from shards.loader import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,13 +33,11 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
         wrapped=training.wrapped,
         backward=lambda loss: training.scaler.scale(loss).backward(),
         autocast=partial(precision, training),
-        silence=partial(accelerator.no_sync, training.wrapped),
+        silence=training.spread.silence,
     )
     # Gradients are the same on every process by now, so all decide alike.
     training.scaler.unscale_(training.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(
-        training.objective.parameters(), config.optimizer.max_grad_norm
-    ).item()
+    norm = clip_gradients(training.objective.parameters(), config.optimizer.max_grad_norm)
     derived = time.perf_counter()
     finite = math.isfinite(norm)
     training.scaler.step(training.optimizer) if finite else None

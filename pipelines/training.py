@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from align.losses import build_loss
 from align.model import DualEncoder, DualEncoderConfig, Tower
@@ -22,6 +20,7 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.importing import no_bars
 from pipelines.learning import learning_rules, locked_at_random
+from pipelines.parallel import Spread, running_average, share_statistics, spread
 from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
 from pipelines.schemas.values import steps_of
@@ -44,7 +43,7 @@ class Training:
     augment: Augment | None
     objective: ContrastiveObjective
     learning: dict[str, Learning]  # of each parameter
-    wrapped: Any  # the objective as Accelerate prepared it
+    spread: Spread  # the objective over processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
     average: AveragedModel | None
@@ -78,9 +77,21 @@ class Training:
 
     @property
     def chosen_model(self) -> DualEncoder:
-        """The averaged weights where there are any, else the trained ones."""
-        chosen: Any = self.objective if self.average is None else self.average.module
-        return chosen.model
+        """The averaged weights where there are any, else the trained ones.
+
+        All processes must ask for it: where each has a share of the weights, they are gathered.
+        """
+        return self.spread.whole(self.chosen.model)
+
+    @property
+    def chosen(self) -> ContrastiveObjective:
+        """Likewise, with the loss; maybe in shares."""
+        return self.objective if self.average is None else cast(Any, self.average.module)
+
+    @property
+    def wrapped(self) -> Any:
+        """The objective as it is called."""
+        return self.spread.wrapped
 
     @property
     def image_size(self) -> int:
@@ -172,20 +183,14 @@ def assemble(
     learning = how_it_learns(objective, rules, weight_decay=decay)
     notes = locked_at_random(config, objective.model, learning)
     freeze(objective, learning)
+    average = running_average(objective, config, accelerator)
+    over_processes = spread(objective, average, config, accelerator)
     optimizer = build_optimizer(
         config.optimizer.name,
         parameter_groups(objective, rules=rules, weight_decay=decay),
         learning_rate=config.optimizer.learning_rate,
         **config.optimizer.options,
     )
-    average = None
-    if config.optimizer.average:
-        averaging = get_ema_multi_avg_fn(config.optimizer.average)
-        average = AveragedModel(objective, multi_avg_fn=averaging, use_buffers=True)
-        average.module.loss.forget_samples()  # pyright: ignore
-    if config.compile:  # behind the copy that is averaged, which is only evaluated
-        for tower in (objective.model.image, objective.model.text):
-            tower.compile()
     return Training(
         config=config,
         accelerator=accelerator,
@@ -194,7 +199,7 @@ def assemble(
         augment=augment,
         objective=objective,
         learning=learning,
-        wrapped=accelerator.prepare_model(objective),
+        spread=over_processes,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16"),
         average=average,
@@ -250,26 +255,6 @@ def save_memory(config: PretrainConfig, model: DualEncoder) -> None:
             tower.set_gradient_checkpointing(True)
         except ValueError as error:
             raise ConfigError(f"gradient_checkpointing: {error}") from error
-
-
-def share_statistics(
-    objective: ContrastiveObjective, accelerator: Accelerator
-) -> ContrastiveObjective:
-    """Let batch normalisation see the whole batch of all processes, where it can.
-
-    PyTorch shares the statistics on GPUs only; elsewhere a line says what that means.
-    """
-    has = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules())
-    if accelerator.num_processes == 1 or not has:
-        return objective
-    if accelerator.device.type == "cuda":
-        convert_sync_batchnorm(objective.model)  # in place, below the model
-        return objective
-    accelerator.print(
-        "note: the towers have batch normalisation, whose statistics are those of each process's "
-        "own rows on this device: results depend a little on the number of processes"
-    )
-    return objective
 
 
 def make_model(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
@@ -355,11 +340,3 @@ def training_pictures(training: Training, batch: Batch) -> torch.Tensor:
     if training.augment is not None:
         return training.augment(images, batch.ids, batch.epochs, size=size)
     return images if images.shape[-1] == size else resize(images, size)
-
-
-def over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over processes: the numbers of the global batch."""
-    values = torch.stack([value.float() for value in metrics.values()])
-    if accelerator.num_processes > 1:
-        values = accelerator.reduce(values, reduction="mean")
-    return dict(zip(metrics, values.tolist(), strict=True))  # pyright: ignore

@@ -99,6 +99,10 @@ class TowerModule(nn.Module, ABC):
                 groups[0 if not reached or key.startswith(tables) else reached + 1].append(key)
         return [group for group in groups if group]
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules, in lists and sequences, of the kind that makes the longest run."""
+        return [self.get_submodule(name) for name in _blocks(self)]
+
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Keep no activations inside the blocks; compute them again on the way back.
 
