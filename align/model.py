@@ -208,12 +208,12 @@ class DualEncoder(nn.Module):
         return self.text(ids, mask)
 
     def project_image(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
-        """Into the aligned space, unit length, fp32."""
-        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+        """Into the aligned space, unit length, fp32 (fp64 where the weights are)."""
+        return _unit_length(self.image_projection(pooled))
 
     def project_text(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
-        """Into the aligned space, unit length, fp32."""
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+        """Into the aligned space, unit length, fp32 (fp64 where the weights are)."""
+        return _unit_length(self.text_projection(pooled))
 
     def forward(
         self,
@@ -315,6 +315,10 @@ class DualEncoder(nn.Module):
                 pooled = self.text.pool(tokens.ids, tokens.mask)
                 rows.append(self.project_text(pooled).cpu())
             return torch.cat(rows)
+
+
+def _unit_length(rows: Tensor) -> Tensor:
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
 def _check_pixels(images: Tensor, size: int) -> None:
