@@ -7,7 +7,7 @@ the optimiser is made, since that has to be made of the shares.
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ SHARDED_OPTIMIZERS = ("adamw",)
 """Those whose step is the same on a share of a tensor as on all of it."""
 
 
+@runtime_checkable
 class Spread(Protocol):
     """An objective, spread.
 
