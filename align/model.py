@@ -249,9 +249,9 @@ class DualEncoder(nn.Module):
         """
         return preprocess_all(images, self.config.image_size, fit=self.config.fit)
 
-    def tokenize(self, texts: Sequence[str]) -> TokenBatch:
-        """Texts as the text tower wants them."""
-        return self.tokenizer(texts)
+    def tokenize(self, texts: Sequence[str], *, context_length: int | None = None) -> TokenBatch:
+        """Texts as the text tower wants them; cut at a shorter length, where one is given."""
+        return self.tokenizer(texts, context_length=context_length)
 
     @torch.no_grad()
     def encode_image(
@@ -294,7 +294,11 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(
-        self, texts: Sequence[str], *, batch_size: int = 256
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 256,
+        context_length: int | None = None,
     ) -> Float[Tensor, "rows dim"]:
         """Embed texts: unit-length rows, fp32, on the CPU.
 
@@ -302,6 +306,7 @@ class DualEncoder(nn.Module):
             texts: any strings; what exceeds the context length is cut, and `truncated` of what
                 `tokenize` returns tells of how many.
             batch_size: texts at a time.
+            context_length: cut them shorter than the model does, in tokens.
 
         Raises:
             ValueError: one string, something that is no text, or no texts at a time.
@@ -311,7 +316,8 @@ class DualEncoder(nn.Module):
         with _evaluating(self):
             rows = [torch.empty(0, self.config.dim)]
             for start in range(0, len(texts), batch_size):
-                tokens = self.tokenize(texts[start : start + batch_size]).to(self.device)
+                part = texts[start : start + batch_size]
+                tokens = self.tokenize(part, context_length=context_length).to(self.device)
                 pooled = self.text.pool(tokens.ids, tokens.mask)
                 rows.append(self.project_text(pooled).cpu())
             return torch.cat(rows)

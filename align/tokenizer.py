@@ -29,7 +29,7 @@ class TokenBatch:
     Attributes:
         ids: token ids.
         mask: `True` on real tokens.
-        truncated: how many of the texts were longer than the context and were cut.
+        truncated: how many of the texts were longer than the tokenizer's context.
     """
 
     ids: Int[Tensor, "batch tokens"]
@@ -80,27 +80,48 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self.backend)
 
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
+    def __call__(self, texts: Sequence[str], *, context_length: int | None = None) -> TokenBatch:
         """Tokenise texts; padding reaches to the longest text and no further.
 
+        Args:
+            texts: any strings.
+            context_length: cut them shorter than usual, in tokens; what every text begins and ends
+                with stays.
+
         Raises:
-            ValueError: something is no text: its place and type.
+            ValueError: something is no text: its place and type; or that is no shorter context.
         """
         check_texts(texts)
         clean = _cleaner(self.clean)
+        length, added = context_length or self.context_length, self.added
+        if not added < length <= self.context_length:
+            raise ValueError(
+                f"texts are cut to at most {self.context_length} tokens and to more than the "
+                f"{added} that every text gets, not to {length}"
+            )
         encoded = self.backend(
             [clean(text) for text in texts],
             padding=True,
             truncation=True,
-            max_length=self.context_length,
+            max_length=length,
             return_attention_mask=True,  # SigLIP's tokenizers leave it out unless asked
             return_tensors="pt",
         )
         return TokenBatch(
             encoded["input_ids"],
             encoded["attention_mask"].bool(),
-            sum(bool(one.overflowing) for one in encoded.encodings or ()),
+            sum(
+                length + sum(sum(part.attention_mask) - added for part in one.overflowing)
+                > self.context_length
+                for one in encoded.encodings or ()
+                if one.overflowing
+            ),
         )
+
+    @property
+    def added(self) -> int:
+        """How many special tokens every text gets."""
+        return self.backend.num_special_tokens_to_add()
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of whole texts, neither cut nor padded; refused as when called."""

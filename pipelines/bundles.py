@@ -1,5 +1,6 @@
 """The bundle of a run: its weights, what they were trained on, and how well they did."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,14 +21,14 @@ def bundle_of(config: PretrainConfig) -> Path:
     return config.bundle or config.out / "bundle"
 
 
-def save_bundle(training: Training, validated: Report | None = None) -> None:
+def save_bundle(training: Training, validated: Iterable[Report] = ()) -> None:
     """The trained model as a folder that `align.load` opens, with its last temperature and bias.
 
     All processes must call it; the main one writes.
 
     Args:
         training: the run.
-        validated: what its end was measured to be.
+        validated: reports of what its end was measured to be.
     """
     config, model, loss = training.config, training.chosen_model, training.chosen.loss
     if not training.accelerator.is_main_process:
@@ -48,8 +49,8 @@ def save_bundle(training: Training, validated: Report | None = None) -> None:
             "config": config.model_dump(mode="json", exclude=_OF_THIS_MACHINE),
         },
     )
-    if validated is not None:
-        record_reports(bundle_of(config), [validated])
+    if reports := list(validated):
+        record_reports(bundle_of(config), reports)
 
 
 def sources(config: PretrainConfig) -> list[str]:

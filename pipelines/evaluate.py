@@ -1,7 +1,7 @@
 """`align evaluate`: zero-shot classification and retrieval, every figure with its interval."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from align.bundle import fingerprint, is_bundle, load, record_results
 from align.card import Result
 from align.model import DualEncoder
-from eval.prompts import class_prototypes
+from eval.prompts import class_prototypes, fill
 from eval.results import Report, format_table
 from eval.tasks import retrieval, zero_shot
 from pipelines import run_folder
@@ -50,7 +50,7 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
             )
         }
     for title, task in tasks.items():
-        place = f"{task.data} {sorted(task.where.items())} {task.caption_fields}"
+        place = rows_of(task)
         if place not in embedded:
             manifest = Manifest.open(task.data)
             if manifest.damage:
@@ -110,8 +110,28 @@ def record_reports(bundle: Path | str, reports: Iterable[Report]) -> None:
         print(f"note: {folder}: the figures are not kept with the bundle ({reason})", flush=True)
 
 
-def run_task(model: DualEncoder, pairs: EmbeddedPairs, task: TaskConfig, *, title: str) -> Report:
-    """One task over embedded pairs."""
+def rows_of(task: TaskConfig) -> str:
+    """What names the rows of a task: tasks of which it is equal share their embeddings."""
+    return f"{task.data} {sorted(task.where.items())} {task.caption_fields}"
+
+
+def run_task(
+    model: DualEncoder,
+    pairs: EmbeddedPairs,
+    task: TaskConfig,
+    *,
+    title: str,
+    encode: Callable[[list[str]], np.ndarray] | None = None,
+) -> Report:
+    """One task over embedded pairs.
+
+    Args:
+        model: what embedded them.
+        pairs: the task's rows.
+        task: what to do.
+        title: of the report.
+        encode: texts to rows, where `class_prompts` are embedded already; None = by the model.
+    """
     protocol: dict[str, Any] = {
         "data": pairs.fingerprint,
         "where": task.where,
@@ -122,14 +142,27 @@ def run_task(model: DualEncoder, pairs: EmbeddedPairs, task: TaskConfig, *, titl
         return retrieval_report(pairs, label=task.label, title=title, protocol=protocol)
     names, labels = numbered(pairs.values(task.label))
     classes = class_prototypes(
-        lambda texts: model.encode_text(texts).numpy(),
-        [name.replace("-", " ").replace("_", " ") for name in names]
-        if task.label != "caption"
-        else names,
+        encode or (lambda texts: model.encode_text(texts).numpy()),
+        _written(names, task),
         task.templates,
     )
     protocol["templates"] = task.templates
     return zero_shot(pairs.images, classes, labels, names, title=title, protocol=protocol)
+
+
+def class_prompts(pairs: EmbeddedPairs, task: TaskConfig) -> list[str]:
+    """Every text that `run_task` embeds: a task's class names in its templates, if it has any."""
+    if task.task == "retrieval":
+        return []
+    names, _ = numbered(pairs.values(task.label))
+    return [fill(template, name) for name in _written(names, task) for template in task.templates]
+
+
+def _written(names: list[str], task: TaskConfig) -> list[str]:
+    """Class names as one would write them; captions stay as they are."""
+    if task.label == "caption":
+        return names
+    return [name.replace("-", " ").replace("_", " ") for name in names]
 
 
 def retrieval_report(

@@ -48,15 +48,13 @@ def run(config: PretrainConfig) -> int:
         stack.enter_context(training.loader)
         if config.resume:
             resume(training)
+        validation = Validation(training)
         if accelerator.is_main_process:
             record(training)
             print(*introduction(training), sep="\n", flush=True)
-        validation = Validation(training)
         finished = train(training, Saver(training), validation)
-        if finished and accelerator.is_main_process:
-            # A run that was resumed at its very end has not measured it.
-            if validation.wanted and validation.last is None:
-                validation.last = validation.measure()
+        if finished and validation.wanted and validation.measured_at is None:
+            validation.run()  # it was resumed at its very end
         if finished:
             save_bundle(training, validation.last)
         if finished and accelerator.is_main_process:

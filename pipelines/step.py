@@ -116,7 +116,8 @@ def tokenised(training: Training, batch: Batch) -> tuple[Pairs, int]:
     texts = training.captions(
         batch.captions, batch.fields, ids=batch.ids.numpy(), epochs=batch.epochs.numpy()
     )
-    tokens = training.objective.model.tokenize(texts).to(device)
+    tokens = training.objective.model.tokenize(texts, context_length=training.context_length)
+    tokens = tokens.to(device)
     labels = positive_labels(batch, training.config.loss.positives)
     pairs = Pairs(
         training_pictures(training, batch),

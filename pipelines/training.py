@@ -23,6 +23,7 @@ from pipelines.learning import learning_rules, locked_at_random
 from pipelines.parallel import Spread, running_average, share_statistics, spread
 from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
+from pipelines.schemas.training import StageConfig
 from pipelines.schemas.values import steps_of
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
@@ -96,9 +97,20 @@ class Training:
     @property
     def image_size(self) -> int:
         """Side of the pictures at this step, by the stage of the run."""
+        stage = self.stage
+        return (stage and stage.image_size) or self.config.model.image_size
+
+    @property
+    def context_length(self) -> int:
+        """Longest text at this step, likewise."""
+        stage = self.stage
+        return (stage and stage.context_length) or self.config.model.context_length
+
+    @property
+    def stage(self) -> StageConfig | None:
+        """The stage that the step ahead belongs to; None = what remains of the run."""
         share = self.step / self.steps
-        sizes = (stage.image_size for stage in self.config.stages if share < stage.until)
-        return next(sizes, self.config.model.image_size)
+        return next((stage for stage in self.config.stages if share < stage.until), None)
 
     @property
     def earlier_bad(self) -> int:
@@ -173,8 +185,7 @@ def assemble(
         **config.loss.options,
     )
     objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
-    for size in {*(stage.image_size for stage in config.stages), config.model.image_size}:
-        objective.model.image.check_size(size)
+    check_stages(config, objective.model)
     objective.model.text.chunks = config.text_chunks
     save_memory(config, objective.model)
     objective = share_statistics(objective, accelerator)
@@ -240,6 +251,24 @@ def make_tokenizer(
         context_length=config.model.context_length,
         clean=clean or "none",
     )
+
+
+def check_stages(config: PretrainConfig, model: DualEncoder) -> None:
+    """See whether the towers take what each stage gives them.
+
+    Raises:
+        ConfigError: texts are cut to nothing, or not at all.
+        ValueError: the image tower does not take pictures of that size.
+    """
+    for size in {*(stage.image_size for stage in config.stages), config.model.image_size} - {None}:
+        model.image.check_size(size)
+    for number, stage in enumerate(config.stages):
+        least, most = model.tokenizer.added + 1, config.model.context_length
+        if stage.context_length is not None and not least <= stage.context_length <= most:
+            raise ConfigError(
+                f"stages.{number}.context_length: {stage.context_length} is not from {least} (the "
+                f"tokenizer adds {least - 1} tokens to every text) to model.context_length ({most})"
+            )
 
 
 def save_memory(config: PretrainConfig, model: DualEncoder) -> None:

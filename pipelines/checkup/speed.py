@@ -77,7 +77,8 @@ def stages_of(training: Training) -> list[Stage]:
     """The parts of what is left of a run, by the size of their pictures."""
     config, total = training.config, training.steps
     ends = [ceil(stage.until * total) for stage in config.stages] + [total]
-    sizes = [stage.image_size for stage in config.stages] + [config.model.image_size]
+    whole = config.model.image_size
+    sizes = [*(stage.image_size or whole for stage in config.stages), whole]
     bounds = [training.step, *(max(training.step, end) for end in ends)]
     return [
         Stage(image_size, first, last - first)

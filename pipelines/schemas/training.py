@@ -70,7 +70,8 @@ class ImageTowerConfig(TowerConfig):
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to the library; also pretrained, mean, std; for timm and hf pooling\n"
-        "(native, mean, max, cls, attention).",
+        "(native, mean, max, cls, attention). A share of the patches is left out in training by\n"
+        "patch_drop_rate of timm's vision transformers, by patch_dropout of open_clip's.",
     )
 
     @field_validator("name")
@@ -250,10 +251,22 @@ class AugmentConfig(Config):
 
 
 class StageConfig(Config):
-    """A first part of the run on smaller pictures."""
+    """A first part of the run on smaller pictures, shorter texts, or both."""
 
     until: Share = Field(description="Share of the run at which it ends.")
-    image_size: PositiveInt = Field(description="Side of the pictures, in pixels.")
+    image_size: PositiveInt | None = Field(
+        default=None, description="Side of the pictures, in pixels; null = model.image_size."
+    )
+    context_length: PositiveInt | None = Field(
+        default=None,
+        description="Captions are cut to so many tokens; null = model.context_length.",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "StageConfig":
+        if self.image_size is None and self.context_length is None:
+            raise ValueError("a stage needs an image_size or a context_length")
+        return self
 
 
 _EVERY = "A number of samples; or with a unit: 500 steps, 1 epochs, 30 minutes."
@@ -318,8 +331,8 @@ class PretrainConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     stages: list[StageConfig] = Field(
         default_factory=list,
-        description="Smaller pictures first: [{until: 0.6, image_size: 32}]; what remains of the\n"
-        "run is at model.image_size.",
+        description="Smaller pictures or shorter texts first: [{until: 0.6, image_size: 32}], or\n"
+        "context_length, or both (Li et al. 2023, CLIPA); what remains of the run is at model's.",
     )
     batch_size: PositiveInt = Field(
         default=256, description="Global batch: all processes together."
