@@ -321,6 +321,8 @@ def _together(action: Callable[[], None]) -> None:
     error: Exception | None = None
     try:
         action()
+    except SafetensorError as caught:  # its name for a full disk, among others
+        error = OSError(damage(caught))
     except Exception as caught:
         error = caught
     if world_size() > 1:

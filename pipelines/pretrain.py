@@ -35,24 +35,31 @@ BAD_STEPS_IN_A_ROW = 5
 
 
 def run(config: PretrainConfig) -> int:
-    """Train until the end, or until asked to stop; then a checkpoint lies ready to go on."""
+    """Train until the end, or until asked to stop; then a checkpoint lies ready to go on.
+
+    Returns:
+        0 at the end, and after SIGTERM too, so that a scheduler goes on; 130 after SIGINT.
+    """
     # The precision of the towers is ours to set. Without a GPU, Accelerate has to be told so, or
     # processes that a launcher started would each train alone.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     with ExitStack() as stack:
+        stop = stack.enter_context(StopOnSignal(together=accelerator.num_processes > 1))
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
             refuse_to_mix(config)
             refuse_place(bundle_of(config))
-        training = build(config, accelerator)
-        stack.enter_context(training.loader)
-        if config.resume:
-            resume(training)
+        with stop.at_once():
+            training = build(config, accelerator)
+            stack.enter_context(training.loader)
+            if config.resume:
+                resume(training)
         validation = Validation(training)
         if accelerator.is_main_process:
             record(training)
             print(*introduction(training), sep="\n", flush=True)
-        finished = train(training, Saver(training), validation)
+        code = train(training, Saver(training), validation, stop)
+        finished = code is None
         if finished and validation.wanted and validation.measured_at is None:
             validation.run()  # it was resumed at its very end
         if finished:
@@ -64,7 +71,7 @@ def run(config: PretrainConfig) -> int:
                 print(cut_off(training), flush=True)
         accelerator.wait_for_everyone()
     accelerator.end_training()
-    return 0 if finished else 130
+    return code or 0
 
 
 def refuse_to_mix(config: PretrainConfig) -> None:
@@ -169,8 +176,10 @@ def record(training: Training) -> None:
     run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
 
-def train(training: Training, saver: Saver, validation: Validation) -> bool:
-    """Next batch, step, log, save, evaluate, stop; returns whether the end was reached."""
+def train(
+    training: Training, saver: Saver, validation: Validation, stop: StopOnSignal
+) -> int | None:
+    """Next batch, step, log, save, evaluate, stop; returns the exit code where it was stopped."""
     config, accelerator = training.config, training.accelerator
     writes = accelerator.is_main_process
     log = TrainingLog(
@@ -182,7 +191,9 @@ def train(training: Training, saver: Saver, validation: Validation) -> bool:
         every=config.log_every,
     )
     bad_in_a_row = 0
-    with StopOnSignal() as stop, log:
+    with log:
+        if look_was_cut_off(training, validation):
+            look(training, validation, log, stop)
         batches = iter(training.loader)
         while training.step < training.steps:
             started = time.perf_counter()
@@ -201,24 +212,46 @@ def train(training: Training, saver: Saver, validation: Validation) -> bool:
                     "lower optimizer.learning_rate"
                 )
             last = training.step == training.steps
-            asked, by_clock, look_by_clock = agreed(
-                accelerator, (stop.asked, saver.cadence.elapsed(), validation.cadence.elapsed())
+            by_clock = (saver.cadence.elapsed(), validation.cadence.elapsed())
+            terminated, interrupted, save_now, look_now = agreed(
+                accelerator, (stop.terminated, stop.interrupted, *by_clock)
             )
-            if saver.cadence.due(training.step) or by_clock or asked or last:
+            stopped = (terminated or interrupted) and not last
+            looks = validation.wanted and (
+                look_now or validation.cadence.due(training.step) or last
+            )
+            if saver.cadence.due(training.step) or save_now or looks or stopped or last:
                 with log.pause():
                     saver.save()
-            due = validation.cadence.due(training.step) or look_by_clock
-            if validation.wanted and (due or last):
-                with log.pause():
-                    log.write({"step": training.step, **validation.run()})
-            if asked and not last:
+            if stopped:
                 again = "the same command" if config.resume else "the same command with --resume"
                 log.say(
                     f"stopped at step {training.step} of {training.steps} with a checkpoint in "
                     f"{config.out}; {again} goes on"
                 )
-                return False
-    return True
+                return 130 if interrupted else 0
+            if looks:
+                look(training, validation, log, stop)
+    return None
+
+
+def look(training: Training, validation: Validation, log: TrainingLog, stop: StopOnSignal) -> None:
+    """Evaluate; what was learnt is saved, so that a signal need not wait."""
+    with log.pause(), stop.at_once():
+        log.write({"step": training.step, **validation.run()})
+
+
+def look_was_cut_off(training: Training, validation: Validation) -> bool:
+    """Whether the evaluation of the step that a run goes on from was stopped before its line."""
+    step, path = training.step, training.config.out / "metrics.jsonl"
+    due = validation.cadence.due(step) or step == training.steps
+    if not (step and validation.wanted and due):
+        return False
+    missing = training.accelerator.is_main_process and not any(
+        line["step"] == step and "learning_rate" not in line
+        for line in run_folder.read_metrics(path)
+    )
+    return agreed(training.accelerator, [missing])[0]
 
 
 def next_batch(training: Training, saver: Saver, batches: Iterator[Batch]) -> Batch:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -18,20 +19,66 @@ from tqdm import tqdm
 class StopOnSignal:
     """Turns the first SIGINT or SIGTERM into a wish to stop; the second one acts as ever.
 
+    A launcher passes on what the terminal or the scheduler has sent to its processes too, so what
+    follows within two seconds is the first one still.
+
+    Attributes:
+        terminated: whether SIGTERM came, as from a scheduler that wants the machine back.
+        interrupted: whether SIGINT came, as from Ctrl-C.
+
+    Args:
+        together: whether other processes would wait for this one, so that it never leaves alone.
+
     Example:
         >>> with StopOnSignal() as stop:
         ...     while not stop.asked:
         ...         step()
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, *, together: bool = False) -> None:
+        self.terminated = self.interrupted = False
+        self._together = together
+        self._at_once = False
+        self._first = 0.0
         self._previous: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.terminated or self.interrupted
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it nothing is lost: a process that is alone ends with the first signal.
+
+        After SIGTERM it does with code 0, by `SystemExit`.
+        """
+        self._at_once = not self._together
+        try:
+            if self._at_once and self.asked:
+                self._leave()
+            yield
+        finally:
+            self._at_once = False
+
+    def _leave(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        os.write(1, b"stopped; there was nothing to save\n")  # a handler may not print
+        raise SystemExit(0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.asked = True
-        signal.signal(number, self._previous[number])
+        now = time.monotonic()
+        if self.asked:
+            if now - self._first > _SAME_SIGNAL_S:
+                signal.signal(number, self._previous[number])
+                signal.raise_signal(number)
+            return
+        self._first = now
+        self.terminated, self.interrupted = number == signal.SIGTERM, number == signal.SIGINT
+        if self._at_once:
+            self._leave()
 
     def __enter__(self) -> "StopOnSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -41,6 +88,9 @@ class StopOnSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+_SAME_SIGNAL_S = 2.0
 
 
 @dataclass

@@ -1,20 +1,31 @@
-"""Checkpoints of a run: when, which are kept, and how a run goes on from the newest."""
+"""Checkpoints of a run: when, which are kept, and how a run goes on from the newest whole one."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from align.checkpoint import checkpoints, load_state, save_state
+from accelerate.utils import gather_object
+
+from align.checkpoint import checkpoints, fault, load_state, save_state
+from align.folders import UNFINISHED, flush
 from pipelines import run_folder
-from pipelines.cadence import Cadence
+from pipelines.cadence import Cadence, agreed
 from pipelines.config import ConfigError
 from pipelines.training import Training
 
+_BEST = "best.json"
+_REMOVING = ".removing"
+_DAMAGED = ".damaged"
+
 
 class Saver:
-    """Writes checkpoints at their cadence, and forgets the oldest.
+    """Writes checkpoints at their cadence; keeps the newest and the best, forgets the others.
+
+    All processes make one, and call what it has alike. `checkpoints/best.json` says which is the
+    best, by what figure.
 
     Args:
-        training: the run.
+        training: the run, gone on with where that was asked for.
     """
 
     def __init__(self, training: Training) -> None:
@@ -23,15 +34,28 @@ class Saver:
             config.save_every, batch_size=config.batch_size, epoch=training.loader.num_samples
         )
         self._training = training
-
-    def save(self) -> Path:
-        """Write a whole checkpoint, then forget the oldest beyond what is to be kept."""
-        training, config = self._training, self._training.config
-        report = training.data_report()
-        folder = config.out / "checkpoints" / f"step_{training.step:09d}"
+        self._saved = training.step or None  # the step of the newest checkpoint
+        self._folder = config.out / "checkpoints"
+        self._best: dict[str, Any] | None = None
         if training.accelerator.is_main_process:
+            self._tidy()
+
+    def save(self) -> None:
+        """Write a whole checkpoint of this step, unless there is one, then forget old ones.
+
+        Raises:
+            OSError: it could not be written, with what can be done about it.
+        """
+        training, config = self._training, self._training.config
+        if self._saved == training.step:
+            return
+        report = training.data_report()
+        place = self._folder / f"step_{training.step:09d}"
+        try:
+            if training.accelerator.is_main_process:
+                _flush_if_there(config.out / "metrics.jsonl")  # its lines are never behind
             save_state(
-                folder,
+                place,
                 module=training.objective,
                 optimizer=training.optimizer,
                 average=training.average,
@@ -44,22 +68,101 @@ class Saver:
                     "data_report": report,
                 },
             )
-            for old in checkpoints(config.out)[: -config.keep]:
-                shutil.rmtree(old)
-            run_folder.write_json(config.out / "data_report.json", report)
-        training.accelerator.wait_for_everyone()
+            self._saved = training.step
+            if training.accelerator.is_main_process:
+                flush(config.out)  # the first one made the folder
+                self._forget()
+                run_folder.write_json(config.out / "data_report.json", report)
+        except OSError as error:
+            raise OSError(self._in_vain(place, error)) from error
         self.cadence.done()
-        return folder
+
+    def judge(self, figure: str, value: float | None, *, higher_is_better: bool) -> None:
+        """Keep the checkpoint of this step as the best one, where it is.
+
+        Args:
+            figure: by which the best is chosen.
+            value: what it is now; that of the main process counts.
+            higher_is_better: else lower.
+        """
+        is_better = False
+        if self._training.accelerator.is_main_process and value is not None:
+            best = self._best
+            is_better = best is None or best["figure"] != figure
+            if best is not None and not is_better:
+                gain = value - best["value"]
+                is_better = (gain if higher_is_better else -gain) > 0
+        (is_better,) = agreed(self._training.accelerator, [is_better])
+        if not is_better:
+            return
+        self.save()
+        if self._training.accelerator.is_main_process:
+            step = self._training.step
+            name = f"step_{step:09d}"
+            self._best = {"checkpoint": name, "step": step, "figure": figure, "value": value}
+            run_folder.write_json(self._folder / _BEST, self._best)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove what is neither new nor the best.
+
+        Under another name, or a kill would leave half of it under this one.
+        """
+        found = checkpoints(self._training.config.out)
+        best = None if self._best is None else self._best["checkpoint"]
+        for old in found[: -self._training.config.keep]:
+            if old.name != best:
+                shutil.rmtree(old.rename(old.with_name(old.name + _REMOVING)), ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Clear away what a kill left, and what lies ahead of where the run goes on from."""
+        for ending in (UNFINISHED, _REMOVING):
+            for left in self._folder.glob(f"step_*{ending}"):
+                shutil.rmtree(left, ignore_errors=True)
+        for place in checkpoints(self._training.config.out):
+            if int(place.name.removeprefix("step_")) > self._training.step:
+                aside = place.with_name(place.name + _DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                place.rename(aside)
+        try:
+            best = run_folder.read_json(self._folder / _BEST)
+            known = {place.name for place in checkpoints(self._training.config.out)}
+            self._best = best if best["checkpoint"] in known else None
+        except (OSError, ValueError, TypeError, KeyError):
+            self._best = None
+
+    def _in_vain(self, place: Path, error: OSError) -> str:
+        before = [one.name for one in checkpoints(self._training.config.out)]
+        said = error.strerror or str(error)
+        if self._saved == self._training.step or not before:
+            return f"{place}: {said}; make room, then --resume goes on"
+        return (
+            f"{place}: {said}; no checkpoint was written, {before[-1]} is whole: make room, then "
+            "--resume goes on from it"
+        )
 
 
 def resume(training: Training) -> None:
-    """Go on from the newest whole checkpoint, where there is one."""
+    """Go on from the newest whole checkpoint, where there is one; nothing is written.
+
+    Raises:
+        ConfigError: none is whole, the processes see different ones, or the data has changed.
+        ValueError: it is one of another model.
+    """
     config = training.config
-    found = checkpoints(config.out)
-    if not found:
+    place, skipped = newest_whole(config.out, averaged=training.average is not None)
+    ranks = gather_object([place.name if place else "no checkpoint"])
+    if len(set(ranks)) > 1:
+        other = next(rank for rank, name in enumerate(ranks) if name != ranks[0])
+        raise ConfigError(
+            f"{config.out}: process 0 finds {ranks[0]} there, process {other} {ranks[other]}; "
+            "--resume needs a folder that all processes see"
+        )
+    if place is None:
         return
+    training.notes += [f"{line}; going on from {place.name}" for line in skipped]
     progress = load_state(
-        found[-1],
+        place,
         module=training.objective,
         optimizer=training.optimizer,
         average=training.average,
@@ -74,3 +177,27 @@ def resume(training: Training) -> None:
     training.earlier_report = progress["data_report"]
     training.ledger.restore(progress["log"])
     training.cut_captions = progress["data_report"]["cut_captions"]
+
+
+def newest_whole(out: Path, *, averaged: bool) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a line on each newer one that is damaged.
+
+    Raises:
+        ConfigError: there are some, and none is whole.
+    """
+    lines = []
+    for place in reversed(checkpoints(out)):
+        wrong = fault(place, averaged=averaged)
+        if wrong is None:
+            return place, lines
+        lines.append(f"{place} is damaged ({wrong})")
+    if lines:
+        raise ConfigError(
+            f"{lines[0]}, and so is every other checkpoint there; move {out} away to begin anew"
+        )
+    return None, lines
+
+
+def _flush_if_there(path: Path) -> None:
+    if path.exists():
+        flush(path)
