@@ -63,7 +63,8 @@ def _run_stages(config: DemoConfig) -> int:
     with clock.stage("pretrain"):
         if not (out / "bundle").exists():
             started = config.pretrain.model_copy(update={"resume": True})
-            if code := pretrain.run(started):
+            code = pretrain.run(started)
+            if code or not (out / "bundle").exists():  # it was stopped
                 return code
     with clock.stage("embed"):
         embed.run(

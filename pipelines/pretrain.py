@@ -193,7 +193,7 @@ def train(
     bad_in_a_row = 0
     with log:
         if look_was_cut_off(training, validation):
-            look(training, validation, log, stop)
+            look(training, saver, validation, log, stop)
         batches = iter(training.loader)
         while training.step < training.steps:
             started = time.perf_counter()
@@ -231,14 +231,18 @@ def train(
                 )
                 return 130 if interrupted else 0
             if looks:
-                look(training, validation, log, stop)
+                look(training, saver, validation, log, stop)
     return None
 
 
-def look(training: Training, validation: Validation, log: TrainingLog, stop: StopOnSignal) -> None:
-    """Evaluate; what was learnt is saved, so that a signal need not wait."""
+def look(
+    training: Training, saver: Saver, validation: Validation, log: TrainingLog, stop: StopOnSignal
+) -> None:
+    """Evaluate, and keep the best; what was learnt is saved, so that a signal need not wait."""
     with log.pause(), stop.at_once():
-        log.write({"step": training.step, **validation.run()})
+        line = validation.run()
+        saver.judge(validation.best)
+        log.write({"step": training.step, **line})
 
 
 def look_was_cut_off(training: Training, validation: Validation) -> bool:

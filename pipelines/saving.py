@@ -1,15 +1,18 @@
 """Checkpoints of a run: when, which are kept, and how a run goes on from the newest whole one."""
 
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from align.checkpoint import checkpoints, fault, load_state, save_state
 from align.folders import UNFINISHED, flush
+from eval.results import Figure
 from pipelines import run_folder
-from pipelines.cadence import Cadence, agreed
+from pipelines.cadence import Cadence
 from pipelines.config import ConfigError
 from pipelines.training import Training
 
@@ -36,9 +39,9 @@ class Saver:
         self._training = training
         self._saved = training.step or None  # the step of the newest checkpoint
         self._folder = config.out / "checkpoints"
-        self._best: dict[str, Any] | None = None
         if training.accelerator.is_main_process:
             self._tidy()
+        (self._best,) = broadcast_object_list([self._known_best()])
 
     def save(self) -> None:
         """Write a whole checkpoint of this step, unless there is one, then forget old ones.
@@ -50,7 +53,7 @@ class Saver:
         if self._saved == training.step:
             return
         report = training.data_report()
-        place = self._folder / f"step_{training.step:09d}"
+        place = self._folder / _name(training.step)
         try:
             if training.accelerator.is_main_process:
                 _flush_if_there(config.out / "metrics.jsonl")  # its lines are never behind
@@ -77,31 +80,27 @@ class Saver:
             raise OSError(self._in_vain(place, error)) from error
         self.cadence.done()
 
-    def judge(self, figure: str, value: float | None, *, higher_is_better: bool) -> None:
-        """Keep the checkpoint of this step as the best one, where it is.
+    def judge(self, figure: Figure | None) -> None:
+        """Keep the checkpoint of this step as the best one, where it is; all processes alike.
 
         Args:
-            figure: by which the best is chosen.
-            value: what it is now; that of the main process counts.
-            higher_is_better: else lower.
+            figure: by which the best is chosen, as it is now; None = there is none to choose by.
         """
-        is_better = False
-        if self._training.accelerator.is_main_process and value is not None:
-            best = self._best
-            is_better = best is None or best["figure"] != figure
-            if best is not None and not is_better:
-                gain = value - best["value"]
-                is_better = (gain if higher_is_better else -gain) > 0
-        (is_better,) = agreed(self._training.accelerator, [is_better])
-        if not is_better:
+        if figure is None or not self._is_better(figure):
             return
         self.save()
+        step = self._training.step
+        self._best = {"checkpoint": _name(step), "step": step, **asdict(figure)}
         if self._training.accelerator.is_main_process:
-            step = self._training.step
-            name = f"step_{step:09d}"
-            self._best = {"checkpoint": name, "step": step, "figure": figure, "value": value}
             run_folder.write_json(self._folder / _BEST, self._best)
             self._forget()
+
+    def _is_better(self, figure: Figure) -> bool:
+        best = self._best
+        if best is None or best["name"] != figure.name:
+            return not math.isnan(figure.value)
+        gain = figure.value - best["value"]
+        return gain > 0 if figure.higher_is_better else gain < 0
 
     def _forget(self) -> None:
         """Remove what is neither new nor the best.
@@ -124,12 +123,15 @@ class Saver:
                 aside = place.with_name(place.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 place.rename(aside)
+
+    def _known_best(self) -> dict[str, Any] | None:
+        """What is known of the best checkpoint, on the main process."""
         try:
             best = run_folder.read_json(self._folder / _BEST)
             known = {place.name for place in checkpoints(self._training.config.out)}
-            self._best = best if best["checkpoint"] in known else None
+            return best if best["checkpoint"] in known else None
         except (OSError, ValueError, TypeError, KeyError):
-            self._best = None
+            return None
 
     def _in_vain(self, place: Path, error: OSError) -> str:
         before = [one.name for one in checkpoints(self._training.config.out)]
@@ -196,6 +198,10 @@ def newest_whole(out: Path, *, averaged: bool) -> tuple[Path | None, list[str]]:
             f"{lines[0]}, and so is every other checkpoint there; move {out} away to begin anew"
         )
     return None, lines
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
 
 
 def _flush_if_there(path: Path) -> None:
