@@ -84,6 +84,16 @@ class Augment:
             if not 0 <= value <= 1:
                 raise ValueError(f"augment: {name}={value} is a chance, from 0 to 1")
 
+        self._moves = self.scale != (1, 1) or self._has(
+            "aspect", "rotate", "shear", "shift", "flip"
+        )
+        self._recolours = self._has("hue", "saturation", "gain", "gray")
+        self._changes_nothing = not self._moves and not self._has(*self.strengths, *self.chances)
+
+    def _has(self, *names: str) -> bool:
+        """Whether any of these does anything."""
+        return any({**self.strengths, **self.chances}[name] for name in names)
+
     def __call__(
         self,
         images: UInt8[Tensor, "b 3 height height"],
@@ -100,6 +110,8 @@ class Augment:
             epochs: which pass over the data each sample belongs to.
             size: side of the square that comes out, in pixels.
         """
+        if self._changes_nothing and size == images.shape[-1]:
+            return images
         draw = _Draws(self.seed, ids, epochs, images.device)
         ink = 1 - images.float() / 255
         ink = self._move(ink, draw, size)
@@ -126,6 +138,8 @@ class Augment:
         across, down = mirror / (magnify * stretch), stretch / magnify
         cos, sin = torch.cos(angle), torch.sin(angle)
         shift = [draw.uniform(-1.0, 1.0) * strength["shift"] / magnify for _ in range(2)]
+        if not self._moves and size == ink.shape[-1]:
+            return ink
         affine = torch.stack(
             [
                 torch.stack([across * cos, across * (shear * cos - sin), shift[0]], dim=1),
@@ -147,6 +161,8 @@ class Augment:
         saturation = draw.log_uniform(self.strengths["saturation"])
         saturation = saturation * (1 - draw.chance(self.chances["gray"]))
         gains = torch.stack([draw.log_uniform(self.strengths["gain"]) for _ in range(3)], dim=1)
+        if not self._recolours:
+            return ink
         identity = torch.eye(3, device=ink.device)
         mean = torch.full_like(identity, 1 / 3)
         root = 1 / math.sqrt(3)
@@ -169,6 +185,8 @@ class Augment:
     def _posterize(self, ink: Float[Tensor, "b 3 s s"], draw: "_Draws") -> Float[Tensor, "b 3 s s"]:
         levels = _per_image(torch.floor(draw.uniform(2.0, 8.0)))
         chosen = _per_image(draw.chance(self.chances["posterize"])) > 0
+        if not self.chances["posterize"]:
+            return ink
         return torch.where(chosen, torch.round(ink * levels) / levels, ink)
 
     def _paint_page(
@@ -177,6 +195,8 @@ class Augment:
         """A random colour, fading out where there is ink."""
         colour = torch.stack([draw.uniform(0.0, 1.0) for _ in range(3)], dim=1)[:, :, None, None]
         chosen = _per_image(draw.chance(self.chances["page"]))
+        if not self.chances["page"]:
+            return ink
         empty = (1 - 6 * ink.amax(dim=1, keepdim=True)).clamp(0, 1)
         return ink + chosen * empty * colour * (1 - ink)
 
@@ -189,6 +209,8 @@ class Augment:
             length, centre = draw.uniform(0.15, 0.45), draw.uniform(0.0, 1.0)
             inside.append((place[None] - centre[:, None]).abs() < length[:, None] / 2)
         chosen = _per_image(draw.chance(self.chances["erase"])) > 0
+        if not self.chances["erase"]:
+            return ink
         hole = inside[0][:, None, None, :] & inside[1][:, None, :, None] & chosen
         return ink.masked_fill(hole, 0)
 

@@ -202,3 +202,14 @@ def test_senseless_options_are_refused_by_name(options, named):
     with pytest.raises(ValueError, match=f"augment: {named}=") as caught:
         Augment(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_switched_off_leaves_the_draws_of_the_rest_as_they_were():
+    images, ids, epochs = pictures(8), numbers(*range(8)), numbers(*[1] * 8)
+    assert torch.equal(Augment(**STILL)(images, ids, epochs, size=24), images)
+    for name in ("gray", "posterize", "page", "erase"):
+        alone = Augment(**{**STILL, name: 1.0})(images, ids, epochs, size=24)
+        weak = {"rotate": 1e-9, "hue": 1e-9, "gain": 1e-9}  # not off, yet too little to be seen
+        beside = Augment(**{**STILL, name: 1.0, **weak})(images, ids, epochs, size=24)
+        assert not torch.equal(alone, images)
+        assert (alone.int() - beside.int()).abs().max() <= 1
