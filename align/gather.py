@@ -1,4 +1,4 @@
-"""The one collective of the objective: every rank sees every row, and gradients come home."""
+"""The collectives of the objective: every rank sees every row, and gradients come home."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def gather_rows(rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "total dim"]:
     The backward pass sums over ranks what each of them derived with respect to these rows, so the
     loss may be split over ranks in any way. Every rank must hold the same number of rows.
 
-    Moves `(ranks - 1) * batch * dim * 4` bytes to each rank forwards; backwards the same on NCCL,
-    about twice that on gloo.
+    Each rank receives `(ranks - 1) * batch * dim * 4` bytes forwards in fp32, and as many
+    backwards.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)  # pyright: ignore
 
@@ -34,14 +34,34 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
-        mine = torch.empty_like(gradient[: len(gradient) // world_size()])
-        if dist.get_backend() == "nccl":
-            dist.reduce_scatter_tensor(mine, gradient.contiguous())
-            return mine
-        # gloo scatters nothing it has reduced: every rank gets the whole sum and keeps its part.
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(world_size())[dist.get_rank()]
+        return _sum_at_owners(gradient.contiguous())
+
+
+def _sum_at_owners(parts: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
+    """The sum over ranks of their tensors, of which each rank gets its own rows only."""
+    ranks = world_size()
+    if dist.get_backend() == "nccl":
+        mine = torch.empty_like(parts[: len(parts) // ranks])
+        dist.reduce_scatter_tensor(mine, parts)
+        return mine
+    # gloo gives the whole sum to all of them; sending each its part to add up moves half of that.
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts)
+    return received.unflatten(0, (ranks, -1)).sum(dim=0)
+
+
+def logsumexp_over_ranks(logarithms: Float[Tensor, " total"]) -> Float[Tensor, " total"]:
+    """The logarithm of the sum over ranks of the numbers whose logarithms these are; no gradient.
+
+    Two reductions of `total * 4` bytes in fp32, each of which passes every rank twice.
+    """
+    if world_size() == 1:
+        return logarithms
+    greatest = logarithms.clone()
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    total = (logarithms - greatest).exp_()
+    dist.all_reduce(total)
+    return total.log_().add_(greatest)
 
 
 def gather_labels(labels: Int[Tensor, " batch"]) -> Int[Tensor, " total"]:

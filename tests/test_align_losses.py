@@ -82,7 +82,8 @@ def test_a_shared_caption_is_not_its_own_negative():
     text = unit_rows(1, 4, seed=1).expand(3, 4)
     loss = InfoNCE(temperature=0.01)
     right = loss(text, text, torch.zeros(3, dtype=torch.long))
-    assert right.item() == pytest.approx(math.log(3), abs=1e-5)  # the target's own entropy
+    # The target's own entropy, to the rounding of similarities of 100.
+    assert right.item() == pytest.approx(math.log(3), abs=3e-5)
 
 
 def test_temperature_stays_within_its_bound():

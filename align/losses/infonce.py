@@ -1,12 +1,16 @@
 """InfoNCE: the contrastive loss of CLIP, with any number of positives a row."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from align.gather import gather_labels, gather_rows, world_size
+from align.gather import gather_rows, logsumexp_over_ranks
 from align.losses.loss import ContrastiveLoss
+from align.losses.tiles import Gradients, Positives, Tiles, in_full_precision
 
 
 class InfoNCE(ContrastiveLoss):
@@ -23,9 +27,18 @@ class InfoNCE(ContrastiveLoss):
     UniCL, Yang et al. 2022, arXiv 2204.03610): two captions of one concept are not each other's
     negatives.
 
+    Memory grows with $N$, not with $N^2$: similarities are computed tile by tile, once for both
+    directions in the forward pass and once more in the backward pass, in fp32 or better, which
+    makes four products of matrices in all where the plain way has six. The gradient cannot be
+    derived a second time.
+
     Every process gives its own rows and returns its share of the loss times the number of
     processes, so that averaging gradients over processes, as data-parallel training does, gives
-    the gradient of the loss of the whole batch: weights and temperature alike.
+    the gradient of the loss of the whole batch: weights and temperature alike. A process compares
+    its own images with the texts of all, so that texts and their gradients travel and images do
+    not: of $R$ processes with $n$ rows of $d$ numbers, each receives $4 (R-1) n d$ bytes forwards
+    and as many backwards, and sums over columns of $16 R n$ bytes at most; 29 MB each way and
+    0.3 MB for 8 processes with 2048 rows of 512.
 
     Args:
         temperature: initial $e^{-t}$.
@@ -59,32 +72,136 @@ class InfoNCE(ContrastiveLoss):
         """The loss of the global batch, in nats; see `ContrastiveLoss.forward`."""
         del samples
         with torch.autocast(image.device.type, enabled=False):
-            exact = torch.promote_types(image.dtype, torch.float32)
-            image, text = image.to(exact), text.to(exact)
-            all_image, all_text = gather_rows(image), gather_rows(text)
-            positives = self._positives(image, len(all_image), labels)
-            scale = self.scale()
-            rows = self._cross_entropy(scale * image @ all_text.T, positives)
-            columns = self._cross_entropy(scale * text @ all_image.T, positives)
-            return (rows + columns).mean() / 2
+            image, text = in_full_precision(image, text)
+            return _InfoNCE.apply(  # pyright: ignore[reportReturnType]
+                image,
+                gather_rows(text),
+                self.scale().to(image.dtype),
+                Positives(len(image), labels),
+                self.label_smoothing,
+            )
 
-    def _positives(
-        self, rows: Float[Tensor, "batch dim"], total: int, labels: Tensor | None
-    ) -> Float[Tensor, "batch total"]:
-        """The share of each row's target that each column carries."""
-        batch, device = len(rows), rows.device
-        if labels is None:
-            rank = dist.get_rank() if world_size() > 1 else 0
-            labels = torch.arange(batch, device=device) + rank * batch
-            columns = torch.arange(total, device=device)
-        else:
-            columns = gather_labels(labels)
-        right = (labels[:, None] == columns[None, :]).to(rows.dtype)
-        target = right / right.sum(dim=1, keepdim=True)
-        return target * (1 - self.label_smoothing) + self.label_smoothing / total
+
+@dataclass(frozen=True)
+class LogSums:
+    """Logarithms of the sums of exponentials over rows and over columns.
+
+    Attributes:
+        of_rows: natural logarithms, over this process's columns and all others'.
+        of_columns: likewise, over this process's rows only.
+        shift: what may be subtracted from any similarity so that one exponential serves both its
+            row and its column; None = there is no such number.
+    """
+
+    of_rows: Float[Tensor, " rows"]
+    of_columns: Float[Tensor, " columns"]
+    shift: Float[Tensor, ""] | None
+
+
+# Exponentials neither overflow nor vanish up to 87 in fp32, and 708 in fp64. This leaves room above
+# for sums of many terms, and below for terms that may vanish beside a sum that has not.
+_REACH = {torch.float32: 60.0, torch.float64: 600.0}
+
+
+def log_sums(tiles: Tiles) -> LogSums:
+    r"""$\log \sum_j e^{s_{ij}}$ for every row and $\log \sum_i e^{s_{ij}}$ for every column.
+
+    One exponential serves both where no similarity is further than a float reaches above a common
+    shift, and no row or column lies wholly further below: as good as always, since for unit rows at
+    scale 100 it takes a row whose nearest column has a cosine under -0.2. Otherwise every row and
+    column has a maximum of its own.
+    """
+    reach = _REACH[tiles.rows.dtype]
+    lengths = [torch.linalg.vector_norm(one, dim=1).max() for one in (tiles.rows, tiles.columns)]
+    shift = (tiles.scale * lengths[0] * lengths[1] - reach).clamp(min=0)
+    of_rows = tiles.rows.new_zeros(len(tiles.rows))
+    of_columns = tiles.rows.new_zeros(len(tiles.columns))
+    for here in tiles.row_spans:
+        for there, tile, _ in tiles.beside(here):
+            tile.sub_(shift).exp_()
+            of_rows[here] += tile.sum(dim=1)
+            of_columns[there] += tile.sum(dim=0)
+    if torch.minimum(of_rows.min(), of_columns.min()).log() < -reach:
+        return _separate_log_sums(tiles)
+    return LogSums(of_rows.log_().add_(shift), of_columns.log_().add_(shift), shift)
+
+
+def _separate_log_sums(tiles: Tiles) -> LogSums:
+    of_rows = tiles.rows.new_full((len(tiles.rows),), -torch.inf)
+    of_columns = tiles.rows.new_full((len(tiles.columns),), -torch.inf)
+    for here in tiles.row_spans:
+        for there, tile, _ in tiles.beside(here):
+            of_rows[here] = torch.logaddexp(of_rows[here], tile.logsumexp(dim=1))
+            of_columns[there] = torch.logaddexp(of_columns[there], tile.logsumexp(dim=0))
+    return LogSums(of_rows, of_columns, None)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """The loss of some rows against all columns; ranks hold the other rows."""
 
     @staticmethod
-    def _cross_entropy(
-        similarity: Float[Tensor, "batch total"], target: Float[Tensor, "batch total"]
-    ) -> Float[Tensor, " batch"]:
-        return similarity.logsumexp(dim=1) - (similarity * target).sum(dim=1)
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, positives: Positives, smoothing: float
+    ) -> Tensor:
+        tiles = Tiles(image, text, scale)
+        sums = log_sums(tiles)
+        of_columns = logsumexp_over_ranks(sums.of_columns)
+        target = positives.score(tiles, mean=True) * (1 - smoothing)
+        if smoothing:
+            target += smoothing * scale * (image.sum(dim=0) @ text.mean(dim=0))
+        ctx.save_for_backward(image, text, scale, sums.of_rows, of_columns, sums.shift)
+        ctx.positives, ctx.smoothing = positives, smoothing
+        return ((sums.of_rows.sum() + of_columns[positives.own].sum()) / 2 - target) / len(image)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        image, text, scale, of_rows, of_columns, shift = ctx.saved_tensors
+        rows, columns, own = ctx.needs_input_grad[:3]
+        with torch.autocast(image.device.type, enabled=False):
+            tiles = Tiles(image, text, scale)
+            found = Gradients(tiles, rows=rows, columns=columns, scale=own)
+            ctx.positives.subtract(found, share=1 - ctx.smoothing, mean=True)
+            if ctx.smoothing:
+                _subtract_evenly(found, ctx.smoothing)
+            _add_shares(found, LogSums(of_rows, of_columns, shift))
+            of_scale = found.finish(gradient * scale / len(image)) / scale
+        return (
+            found.of_rows if rows else None,
+            found.of_columns,
+            of_scale if own else None,
+            None,
+            None,
+        )
+
+
+def _add_shares(found: Gradients, sums: LogSums) -> None:
+    """Half of each pair's share in its row's sum of exponentials, and half of that in its column's.
+
+    Shares are exponentials themselves, and once more one serves for both.
+    """
+    tiles = found.tiles
+    if sums.shift is None:
+        for here in tiles.row_spans:
+            for there, tile, room in tiles.beside(here):
+                torch.sub(tile, sums.of_columns[there], out=room).exp_()
+                tile.sub_(sums.of_rows[here, None]).exp_().add_(room).mul_(0.5)
+                found.add(here, there, tile)
+        return
+    by_row = (sums.shift - sums.of_rows).exp_().mul_(0.5)[:, None]
+    by_column = (sums.shift - sums.of_columns).exp_().mul_(0.5)
+    for here in tiles.row_spans:
+        for there, tile, room in tiles.beside(here):
+            torch.add(by_row[here], by_column[there], out=room)
+            found.add(here, there, tile.sub_(sums.shift).exp_().mul_(room))
+
+
+def _subtract_evenly(found: Gradients, share: float) -> None:
+    """What label smoothing gives to every pair alike."""
+    tiles = found.tiles
+    if found.of_rows is not None:
+        found.of_rows.sub_(tiles.columns.mean(dim=0), alpha=share)
+    if found.of_columns is not None:
+        found.of_columns.sub_(tiles.rows.sum(dim=0), alpha=share / len(tiles.columns))
