@@ -201,7 +201,7 @@ def train(
             measured = {"data_ms": 1000 * (time.perf_counter() - started)}
             measured |= step(training, batch)
             if line := log.step(training.step, measured):
-                counts = {"bad_samples": training.bad_samples}
+                counts = {"skipped_steps": training.skipped, "bad_samples": training.bad_samples}
                 log.write({**line, **counts, "cut_captions": training.cut_captions})
 
             bad_in_a_row = 0 if measured["finite"] else bad_in_a_row + 1

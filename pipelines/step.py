@@ -1,7 +1,6 @@
 """One step of training: a batch in, the weights moved once, and what was measured out."""
 
 import math
-import time
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from align.objective import Pairs, derive
 from align.optim import constant_factor, cosine_factor, set_learning_rate
 from pipelines.captions import positive_labels
 from pipelines.parallel import clip_gradients, over_ranks
+from pipelines.telemetry import Probe
 from pipelines.training import Training, training_pictures
 from shards.loader import Batch
 
@@ -23,22 +23,27 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     set_learning_rate(training.optimizer, rate)
     pairs, cut = tokenised(training, batch)
 
-    started = time.perf_counter()
+    probe = Probe(training)
+    ideal = probe.ideal(pairs, dtype=DTYPES[config.precision])
+    started = probe.now()
     statistics = [buffer.clone() for buffer in training.objective.model.buffers()]
     training.wrapped.train()
-    output = derive(
-        training.objective,
-        [pairs.piece(number, training.pieces) for number in range(training.pieces)],
-        seeds=seeds(training),
-        wrapped=training.wrapped,
-        backward=lambda loss: training.scaler.scale(loss).backward(),
-        autocast=partial(precision, training),
-        silence=training.spread.silence,
-    )
+    with probe.watch_loss():
+        output = derive(
+            training.objective,
+            [pairs.piece(number, training.pieces) for number in range(training.pieces)],
+            seeds=seeds(training),
+            wrapped=training.wrapped,
+            backward=lambda loss: training.scaler.scale(loss).backward(),
+            autocast=partial(precision, training),
+            silence=training.spread.silence,
+        )
     # Gradients are the same on every process by now, so all decide alike.
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.objective.parameters(), config.optimizer.max_grad_norm)
-    derived = time.perf_counter()
+    derived = probe.now()
+    probe.before_update(norm)
+    updating = probe.now()
     finite = math.isfinite(norm)
     training.scaler.step(training.optimizer) if finite else None
     training.scaler.update()
@@ -52,6 +57,7 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
         for buffer, before in zip(training.objective.model.buffers(), statistics, strict=True):
             buffer.copy_(before)
     training.optimizer.zero_grad(set_to_none=True)
+    updated = probe.now()
     training.step += 1
     counts = {"bad": float(training.loader.bad), "cut": float(cut)}
     counted = {
@@ -59,8 +65,8 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     }
     measured = {
         "loss": output.loss,
-        "batch_accuracy": output.batch_accuracy(),
         "temperature": 1 / training.objective.loss.scale().detach(),
+        **({"batch_accuracy": output.batch_accuracy()} if probe.on else {}),
     }
     metrics = over_ranks(accelerator, {**measured, **counted})
     processes = accelerator.num_processes
@@ -68,11 +74,11 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     training.cut_captions += round(metrics.pop("cut") * processes)
     return {
         **metrics,
-        "learning_rate": rate,
         "gradient_norm": norm,
         "finite": float(finite),
-        "forward_backward_ms": 1000 * (derived - started),
-        "optimizer_ms": 1000 * (time.perf_counter() - derived),
+        **probe.after_update(),
+        **probe.clocks(started, derived, updating, updated),
+        **ideal,
     }
 
 

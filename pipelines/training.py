@@ -25,6 +25,7 @@ from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
 from pipelines.schemas.training import StageConfig
 from pipelines.schemas.values import steps_of
+from pipelines.telemetry import FlopMeter
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
 from shards.damage import DamageTally, merged
@@ -57,6 +58,8 @@ class Training:
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed
 
     ledger: Ledger = field(default_factory=Ledger)  # of what is not yet in a line
+    meter: FlopMeter = field(default_factory=FlopMeter)
+
     @property
     def steps(self) -> int:
         """Length of the run."""

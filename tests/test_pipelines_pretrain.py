@@ -39,7 +39,10 @@ from shards.storage import cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLOCKS = {"data_ms", "forward_backward_ms", "optimizer_ms", "samples_per_second"}
+CLOCKS = {
+    *("data_ms", "forward_backward_ms", "loss_ms", "optimizer_ms", "other_ms"),
+    *("samples_per_second", "mfu"),
+}
 STEPS = 12
 
 
