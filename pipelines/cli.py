@@ -20,6 +20,7 @@ from pipelines import schemas
 from pipelines.config import (
     Config,
     ConfigError,
+    RunError,
     build,
     commented_default,
     override,
@@ -103,6 +104,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
             return 130, "interrupted"
         case ValueError() | OSError():
             return 2, _one_line(error)
+        case RunError():
+            return 1, _one_line(error)
     name, line = type(error).__name__, _one_line(error)
     return 1, f"internal error: {name}: {line} (--traceback shows where)"
 

@@ -63,6 +63,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message has one line for each mistake."""
 
 
+class RunError(RuntimeError):
+    """What ended a run from outside, such as the death of another process; one line says it."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-3` as text, `no` as False, `010` as 8, `12:30` as 750; YAML 1.2 does not.
 

@@ -7,12 +7,13 @@ the optimiser is made, since that has to be made of the shares.
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from align.model import DualEncoder
 from align.objective import ContrastiveObjective
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, RunError
 from pipelines.schemas import PretrainConfig
 
 SHARDED_OPTIMIZERS = ("adamw",)
@@ -204,6 +205,45 @@ def _average_gradient(parameter: Tensor) -> None:
     assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
+
+
+def accelerator_of(config: PretrainConfig) -> Accelerator:
+    """What brings the device and the other processes, which wait no longer than they are told.
+
+    The precision of the towers is ours to set. Without a GPU, Accelerate has to be told so, or
+    processes that a launcher started would each train alone.
+    """
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.rank_timeout_s))
+    on_cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[waiting])
+
+
+@contextmanager
+def stopping_with_others(config: PretrainConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Turns the failure of an exchange between processes into one line.
+
+    Gloo tells at once of a process that died, and after `rank_timeout_s` of one that hangs. NCCL
+    tells of both after that time, and by itself ends the process then, with lines of its own.
+
+    Raises:
+        RunError: an exchange failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_of_an_exchange(error):
+            raise
+        raise RunError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} stops, since "
+            f"another one died or did not answer within rank_timeout_s "
+            f"({config.rank_timeout_s:g} s); look there for the reason; the same command with "
+            "--resume goes on from the newest checkpoint"
+        ) from error
+
+
+def _is_of_an_exchange(error: RuntimeError) -> bool:
+    marks = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in marks)
 
 
 def share_statistics(

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
-from accelerate import Accelerator
 
 from align.bundle import refuse_place
 from align.checkpoint import checkpoints
@@ -21,6 +20,7 @@ from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import left_out
 from pipelines.learning import format_rows, origins, summary
+from pipelines.parallel import accelerator_of, stopping_with_others
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.saving import Saver, resume
 from pipelines.schemas import PretrainConfig
@@ -40,10 +40,9 @@ def run(config: PretrainConfig) -> int:
     Returns:
         0 at the end, and after SIGTERM too, so that a scheduler goes on; 130 after SIGINT.
     """
-    # The precision of the towers is ours to set. Without a GPU, Accelerate has to be told so, or
-    # processes that a launcher started would each train alone.
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    accelerator = accelerator_of(config)
     with ExitStack() as stack:
+        stack.enter_context(stopping_with_others(config, accelerator))
         stop = stack.enter_context(StopOnSignal(together=accelerator.num_processes > 1))
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
@@ -204,7 +203,9 @@ def train(
                 counts = {"skipped_steps": training.skipped, "bad_samples": training.bad_samples}
                 log.write({**line, **counts, "cut_captions": training.cut_captions})
 
-            bad_in_a_row = 0 if measured["finite"] else bad_in_a_row + 1
+            # Where the loss was scaled too much, the scale is what mends it.
+            good = measured["finite"] or training.scale_can_fall
+            bad_in_a_row = 0 if good else bad_in_a_row + 1
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                 raise ValueError(
                     f"{config.out}: no finite gradient in {bad_in_a_row} steps up to step "

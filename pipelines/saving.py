@@ -65,6 +65,7 @@ class Saver:
                 progress={
                     "step": training.step,
                     "skipped": training.skipped,
+                    "scaler": training.scaler.state_dict(),
                     "loader": {"consumed": training.step * config.batch_size},
                     "log": training.ledger.state(),
                     "data": training.fingerprint,
@@ -175,6 +176,7 @@ def resume(training: Training) -> None:
             f"(fingerprint {training.fingerprint[:12]}, before {progress['data'][:12]})"
         )
     training.step, training.skipped = progress["step"], progress["skipped"]
+    training.scaler.load_state_dict(progress["scaler"])
     training.loader.load_state_dict(progress["loader"])
     training.earlier_report = progress["data_report"]
     training.ledger.restore(progress["log"])

@@ -80,6 +80,11 @@ class Training:
         return round(part * self.steps) if isinstance(part, float) else self.count(part)
 
     @property
+    def scale_can_fall(self) -> bool:
+        """Whether gradients that are not finite may come from the scale of the loss, as in fp16."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    @property
     def chosen_model(self) -> DualEncoder:
         """The averaged weights where there are any, else the trained ones.
 
