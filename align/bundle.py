@@ -63,7 +63,7 @@ def save(
     """
     folder = Path(folder)
     refuse_place(folder)
-    config, weights = _self_contained(model), _weights(model)
+    config, weights = self_contained(model), _weights(model)
     with whole_folder(folder) as beside:
         save_file(weights, beside / "model.safetensors")
         model.tokenizer.save(beside / "tokenizer")
@@ -227,8 +227,8 @@ def _refuse_no_numbers(weights: Mapping[str, Tensor], *, of: DualEncoder) -> Non
             raise ValueError(f"the weight {name} holds infinite values")
 
 
-def _self_contained(model: DualEncoder) -> DualEncoderConfig:
-    """The configuration with everything resolved that otherwise a hub or a library would supply."""
+def self_contained(model: DualEncoder) -> DualEncoderConfig:
+    """A model's configuration, with all in it that otherwise a hub or a library would supply."""
     towers = {
         side: replace(recipe, name=tower.name, options=data_alone(tower.recipe()))
         for side, recipe, tower in (

@@ -82,8 +82,8 @@ def model_card(model: DualEncoder, provenance: Mapping[str, Any]) -> str:
 
     Args:
         model: what it describes.
-        provenance: `samples`, `steps`, `data` (a fingerprint), `sources` and `config` are told
-            where they are there.
+        provenance: `samples`, `steps`, `data` (a fingerprint), `sources`, `start_from` (`bundle`
+            and `fingerprint`) and `config` are told where they are there.
     """
     parts = [
         _HEAD,
@@ -196,6 +196,9 @@ def _data(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("source", f"`{source}`") for source in provenance.get("sources") or []]
     if fingerprint := provenance.get("data"):
         rows.append(("fingerprint of the data", f"`{fingerprint}`"))
+    if start := provenance.get("start_from"):
+        mark = start.get("fingerprint")
+        rows.append(("began as", f"`{start['bundle']}`" + (f" ({mark[:12]})" if mark else "")))
     for key, what in (("samples", "samples seen"), ("steps", "steps")):
         if isinstance(provenance.get(key), int):
             rows.append((what, f"{provenance[key]:,}"))

@@ -12,7 +12,7 @@ from pipelines.evaluate import record_reports
 from pipelines.schemas import PretrainConfig
 from pipelines.training import Training
 
-_OF_THIS_MACHINE = {"data", "out", "bundle", "resume", "validation"}
+_OF_THIS_MACHINE = {"data", "out", "bundle", "resume", "start_from", "validation"}
 """Keys that say where things lie here; a bundle goes to others."""
 
 
@@ -38,6 +38,8 @@ def save_bundle(training: Training, validated: Iterable[Report] = ()) -> None:
         model.logit_scale.copy_(loss.logit_scale)
         if loss.logit_bias is not None:
             model.logit_bias.copy_(loss.logit_bias)
+        else:
+            model.logit_bias.zero_()  # of a bundle that the run began with
     save(
         model,
         bundle_of(config),
@@ -46,6 +48,7 @@ def save_bundle(training: Training, validated: Iterable[Report] = ()) -> None:
             "sources": sources(config),
             "samples": training.step * config.batch_size,
             "steps": training.step,
+            **({"start_from": training.start.origin} if training.start else {}),
             "config": config.model_dump(mode="json", exclude=_OF_THIS_MACHINE),
         },
     )

@@ -34,6 +34,7 @@ from pipelines.checkup.speed import measure
 from pipelines.config import ConfigError
 from pipelines.pretrain import resume
 from pipelines.schemas import DoctorConfig, PretrainConfig
+from pipelines.starting import Start, starting
 from pipelines.training import (
     Training,
     assemble,
@@ -42,6 +43,7 @@ from pipelines.training import (
     make_tokenizer,
     open_sources,
 )
+from pipelines.validation import Validation
 from shards.captions import CaptionRule
 from shards.loader import ShardLoader, Source
 
@@ -59,11 +61,15 @@ def run(config: DoctorConfig) -> int:
             "run doctor as one process and tell it how many there will be: processes=N"
         )
     check = CheckUp(quiet=config.output == "json")
-    visit = _Visit(config, wanted, accelerator, check, resident())
     check.begin("run")
+    start = None
+    with check.trying("start_from"):
+        wanted, start = starting(wanted)
+    can_start = wanted.start_from is None or start is not None
+    visit = _Visit(config, wanted, accelerator, check, resident(), start)
     check_out(check, wanted)
     data = visit.data()
-    if data is not None:
+    if data is not None and can_start:
         training = visit.model(data)
         if training is not None:
             visit.measurements(training, data, busy)
@@ -94,6 +100,7 @@ class _Visit:
     accelerator: Accelerator
     check: CheckUp
     program: int
+    start: Start | None = None
 
     def data(self) -> _Data | None:
         """Open the data and look at samples of it; None where nothing can be learnt from it."""
@@ -146,15 +153,21 @@ class _Visit:
                 augment=augment,
                 captions=data.writer,
                 tokenizer=tokenizer,
+                start=self.start,
             )
             if wanted.resume:
                 resume(training)
             check_weights(check, training)
+            if wanted.validation.tasks or wanted.validation.best:
+                with check.trying("validation"):
+                    Validation(training)
             return training
         return None
 
     def _tokenizer(self, data: _Data) -> Tokenizer:
         """The run's tokenizer; one that is trained gets a bounded number of captions."""
+        if self.start is not None:
+            return self.start.tokenizer
         some, began = sampled(data.loader.manifest), time.perf_counter()
         tokenizer = make_tokenizer(self.wanted, some, data.writer)
         text = self.wanted.model.text

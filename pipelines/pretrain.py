@@ -24,6 +24,7 @@ from pipelines.parallel import accelerator_of, stopping_with_others
 from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.saving import Saver, resume
 from pipelines.schemas import PretrainConfig
+from pipelines.starting import starting
 from pipelines.step import step
 from pipelines.training import Training, build
 from pipelines.validation import Validation
@@ -41,6 +42,7 @@ def run(config: PretrainConfig) -> int:
         0 at the end, and after SIGTERM too, so that a scheduler goes on; 130 after SIGINT.
     """
     accelerator = accelerator_of(config)
+    config, start = starting(config)
     with ExitStack() as stack:
         stack.enter_context(stopping_with_others(config, accelerator))
         stop = stack.enter_context(StopOnSignal(together=accelerator.num_processes > 1))
@@ -49,7 +51,7 @@ def run(config: PretrainConfig) -> int:
             refuse_to_mix(config)
             refuse_place(bundle_of(config))
         with stop.at_once():
-            training = build(config, accelerator)
+            training = build(config, accelerator, start)
             stack.enter_context(training.loader)
             if config.resume:
                 resume(training)
@@ -122,7 +124,12 @@ def introduction(training: Training) -> list[str]:
     """What is said before the first step: plan, origin of the weights, what learns, notes."""
     lines = [plan(training)]
     if not training.step:  # else they come from the checkpoint
-        lines += origins(training.config, training.objective.model)
+        start = training.start
+        lines += (
+            [start.told(training.objective)]
+            if start
+            else origins(training.config, training.objective.model)
+        )
     lines += [what_learns(training), *training.notes]
     if training.config.compile:
         lines.append("compiling the towers: the first step with pictures of a new size is slow")
@@ -172,6 +179,8 @@ def record(training: Training) -> None:
         threads=torch.get_num_threads(),
         learning=[asdict(row) for row in summary(training.objective, training.learning)],
     )
+    if training.start is not None:
+        training.start.keep(config.out)
     run_folder.keep_metrics(config.out / "metrics.jsonl", up_to_step=training.step)
 
 

@@ -1,5 +1,6 @@
 """The parts of a training run, made from its configuration."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, cast
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim.swa_utils import AveragedModel
 
+from align.draws import NoDraws
 from align.losses import build_loss
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
@@ -25,6 +27,7 @@ from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
 from pipelines.schemas.training import StageConfig
 from pipelines.schemas.values import steps_of
+from pipelines.starting import Start
 from pipelines.telemetry import FlopMeter
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
@@ -51,6 +54,7 @@ class Training:
     average: AveragedModel | None
     fingerprint: str
     notes: list[str]  # on what is locked at random weights
+    start: Start | None = None  # the bundle that the run goes on from
     step: int = 0
     skipped: int = 0
     bad_samples: int = 0  # met by all processes since the run began
@@ -132,7 +136,7 @@ class Training:
         return {**report, "cut_captions": self.cut_captions}
 
 
-def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
+def build(config: PretrainConfig, accelerator: Accelerator, start: Start | None = None) -> Training:
     """Make every part of a run from its configuration; nothing is written yet."""
     refuse_uneven_pieces(config, accelerator)
     augment = make_augment(config)
@@ -153,9 +157,15 @@ def build(config: PretrainConfig, accelerator: Accelerator) -> Training:
     if (first := next(head, None)) is None:
         raise ConfigError(f"{manifest.place}: none of its {len(manifest)} samples can be read")
     positive_labels(first, config.loss.positives)
-    tokenizer = make_tokenizer(config, manifest, captions)
+    tokenizer = start.tokenizer if start else make_tokenizer(config, manifest, captions)
     return assemble(
-        config, accelerator, loader=loader, augment=augment, captions=captions, tokenizer=tokenizer
+        config,
+        accelerator,
+        loader=loader,
+        augment=augment,
+        captions=captions,
+        tokenizer=tokenizer,
+        start=start,
     )
 
 
@@ -182,6 +192,7 @@ def assemble(
     augment: Augment | None,
     captions: CaptionWriter,
     tokenizer: Tokenizer,
+    start: Start | None = None,
 ) -> Training:
     """The model and its optimiser, together with what feeds them."""
     torch.manual_seed(config.seed)
@@ -192,7 +203,10 @@ def assemble(
         min_temperature=config.loss.min_temperature,
         **config.loss.options,
     )
-    objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
+    with NoDraws() if start else nullcontext():
+        objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
+    if start:
+        start.put_into(objective)
     check_stages(config, objective.model)
     objective.model.text.chunks = config.text_chunks
     save_memory(config, objective.model)
@@ -200,7 +214,7 @@ def assemble(
     objective.to(accelerator.device).to(memory_format=torch.channels_last)  # pyright: ignore
     rules, decay = learning_rules(config, objective.model), config.optimizer.weight_decay
     learning = how_it_learns(objective, rules, weight_decay=decay)
-    notes = locked_at_random(config, objective.model, learning)
+    notes = [] if start else locked_at_random(config, objective.model, learning)
     freeze(objective, learning)
     average = running_average(objective, config, accelerator)
     over_processes = spread(objective, average, config, accelerator)
@@ -224,6 +238,7 @@ def assemble(
         average=average,
         fingerprint=loader.manifest.fingerprint,
         notes=notes,
+        start=start,
     )
 
 
