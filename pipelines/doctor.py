@@ -35,6 +35,7 @@ from pipelines.config import ConfigError
 from pipelines.pretrain import resume
 from pipelines.schemas import DoctorConfig, PretrainConfig
 from pipelines.starting import Start, starting
+from pipelines.step import refuse_long_schedule
 from pipelines.training import (
     Training,
     assemble,
@@ -157,6 +158,8 @@ class _Visit:
             )
             if wanted.resume:
                 resume(training)
+            with check.trying("schedule"):
+                refuse_long_schedule(training)
             check_weights(check, training)
             if wanted.validation.tasks or wanted.validation.best:
                 with check.trying("validation"):

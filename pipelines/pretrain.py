@@ -25,7 +25,7 @@ from pipelines.progress import StopOnSignal, TrainingLog
 from pipelines.saving import Saver, resume
 from pipelines.schemas import PretrainConfig
 from pipelines.starting import starting
-from pipelines.step import step
+from pipelines.step import refuse_long_schedule, step
 from pipelines.training import Training, build
 from pipelines.validation import Validation
 from shards.damage import TooMuchDamageError
@@ -55,6 +55,7 @@ def run(config: PretrainConfig) -> int:
             stack.enter_context(training.loader)
             if config.resume:
                 resume(training)
+        refuse_long_schedule(training)
         validation = Validation(training)
         if accelerator.is_main_process:
             record(training)

@@ -8,6 +8,7 @@ import torch
 from align.objective import Pairs, derive
 from align.optim import constant_factor, cosine_factor, set_learning_rate
 from pipelines.captions import positive_labels
+from pipelines.config import ConfigError
 from pipelines.parallel import clip_gradients, over_ranks
 from pipelines.telemetry import Probe
 from pipelines.training import Training, training_pictures
@@ -101,6 +102,23 @@ def learning_rate(training: Training) -> float:
     else:
         factor = cosine_factor(training.step, warmup=warmup, steps=steps, floor=wanted.floor)
     return factor * wanted.learning_rate
+
+
+def refuse_long_schedule(training: Training) -> None:
+    """Warm-up and cool-down must fit into the run.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    wanted, steps = training.config.optimizer, training.steps
+    parts = {"warmup": training.share(wanted.warmup)}
+    if wanted.schedule == "constant":
+        parts["cooldown"] = training.share(wanted.cooldown)
+    if sum(parts.values()) > steps:
+        told = " and ".join(f"{name} {number:,}" for name, number in parts.items())
+        raise ConfigError(
+            f"optimizer.{next(iter(parts))}: {told} steps are more than the run has ({steps:,})"
+        )
 
 
 def seeds(training: Training) -> list[int]:

@@ -1,5 +1,6 @@
 """Evaluation while training: at its own cadence, by all processes, on what is held out."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,9 @@ class Validation:
     def best(self) -> Figure | None:
         """The figure by which the best checkpoint is kept, as it was measured last."""
         name = self._training.config.validation.best
-        return None if name is None else self.figures.get(name)
+        if name is None or name not in self.figures:
+            return None
+        return replace(self.figures[name], name=name)
 
     def _measure(self) -> list[Report]:
         training, share = self._training, self._share

@@ -420,6 +420,8 @@ class PretrainConfig(Config):
         ends = [stage.until for stage in self.stages]
         if ends != sorted(set(ends)):
             raise ValueError(f"stages: {ends} must ascend; a later stage ends later")
+        if self.validation.data is not None and "validation" in self.validation.tasks:
+            raise ValueError("validation.tasks: validation is the title of that on validation.data")
         if isinstance(self.samples, int) and self.samples < self.batch_size:
             raise ValueError(f"samples: {self.samples} is less than one batch ({self.batch_size})")
         return self
