@@ -287,6 +287,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
         norm = get_total_norm([one.grad for one in part if one.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for part in parts:
-        clip_grads_with_norm_(part, max_norm, norm)
-    return norm.item()
+    length = norm.item()
+    if not length < max_norm - _LEAST_CUT:  # else all of them would be multiplied by 1
+        for part in parts:
+            clip_grads_with_norm_(part, max_norm, norm)
+    return length
+
+
+_LEAST_CUT = 1e-6
+"""What PyTorch adds to a length before it divides by it."""
