@@ -212,9 +212,8 @@ class GlobalContrastive(ContrastiveLoss):
         found = _same_for_equal(samples, found)
         known = torch.stack([self.image_log_mean[samples], self.text_log_mean[samples]], dim=1)
         known, visits = known.to(found.dtype), self.visits[samples]
-        progress = (visits / self.gamma_visits).clamp(max=1)
+        progress = (visits.to(found.dtype) / self.gamma_visits).clamp(max=1)[:, None]
         gamma = 1 - (1 - self.gamma) * (1 - (math.pi * progress).cos()) / 2
-        gamma = gamma.to(found.dtype)[:, None]
         mixed = (known + (-gamma).log1p()).logaddexp(found + gamma.log())
         heard = found != -math.inf
         return _Learnt(
