@@ -103,7 +103,7 @@ class Probe:
         cut = min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grads_with_norm_ has it
         for part, parameters in self._learning().items():
             gradients = [one.grad for one in parameters if one.grad is not None]
-            self._figures[f"{part}_gradient_norm"] = norm_of(gradients) / cut
+            self._figures[f"{part}_gradient_norm"] = norm_of(gradients) / cut if cut else norm
             self._before[part] = [one.detach().clone() for one in parameters]
 
     def after_update(self) -> dict[str, float]:
