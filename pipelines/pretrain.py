@@ -118,6 +118,7 @@ _MAY_CHANGE = {
     "compile",
     "gradient_checkpointing",
     "text_chunks",
+    "shard_weights",
 }
 
 
