@@ -30,19 +30,19 @@ def photos(cache: Path, *, count: int, tar: Path | None = None) -> Path:
     if tar is not None:
         state = tar.stat()
         name = f"photos-of-{tar.stem}-{state.st_size}-{state.st_mtime_ns}"
-    with _made(cache / name) as folder:
+    with made(cache / name) as folder:
         if folder is not None and tar is not None:
             shutil.copyfile(tar, folder / "00000.tar")
         elif folder is not None:
-            _write_tar(folder / "00000.tar", _synthetic_photos(count))
+            write_tar(folder / "00000.tar", _synthetic_photos(count))
     return cache / name
 
 
 def emoji(cache: Path) -> Path:
     """A folder with one tar of an artist of the demo: WebP of 64 x 64 pixels as they are."""
-    with _made(cache / "emoji") as folder:
+    with made(cache / "emoji") as folder:
         if folder is not None:
-            _write_tar(folder / "00000.tar", (("webp", *pair) for pair in _emoji()))
+            write_tar(folder / "00000.tar", (("webp", *pair) for pair in _emoji()))
     return cache / "emoji"
 
 
@@ -53,19 +53,19 @@ def tiny(cache: Path, *, shards: int, samples: int) -> Path:
     find a place among many samples, not the disk.
     """
     place = cache / f"tiny-{shards}x{samples}"
-    with _made(place) as folder:
+    with made(place) as folder:
         if folder is not None:
             sink = io.BytesIO()
             Image.new("RGB", (1, 1), "white").save(sink, "PNG")
             pairs = (("png", sink.getvalue(), f"number {number}") for number in range(samples))
-            _write_tar(folder / "00000.tar", pairs)
+            write_tar(folder / "00000.tar", pairs)
             for number in range(1, shards):
                 os.link(folder / "00000.tar", folder / f"{number:05d}.tar")
     return place
 
 
 @contextmanager
-def _made(place: Path) -> Iterator[Path | None]:
+def made(place: Path) -> Iterator[Path | None]:
     """A folder to fill, which becomes `place` when it is whole; None where that exists already."""
     if place.is_dir():
         yield None
@@ -78,7 +78,7 @@ def _made(place: Path) -> Iterator[Path | None]:
         part.rename(place)
 
 
-def _write_tar(path: Path, samples: Iterable[tuple[str, bytes, str]]) -> None:
+def write_tar(path: Path, samples: Iterable[tuple[str, bytes, str]]) -> None:
     """Writes extension, picture and caption of each sample."""
     with tarfile.open(path, "w") as tar:
         for number, (extension, picture, caption) in enumerate(samples):
