@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from align.gather import gather_labels, gather_rows, world_size
 from align.losses.loss import ContrastiveLoss
@@ -184,22 +184,9 @@ class GlobalContrastive(ContrastiveLoss):
             labels = columns[first : first + len(image)]
         else:
             columns = gather_labels(labels)
-        at_a_time = max(1, _NUMBERS_AT_A_TIME // len(images))
-        if len(image) <= at_a_time:
-            return _log_means(image, text, labels, images, texts, columns, scale)
-        slices = zip(
-            image.split(at_a_time), text.split(at_a_time), labels.split(at_a_time), strict=True
-        )
-        found = [
-            checkpoint(
-                _log_means,
-                *(*rows, images, texts, columns, scale),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for rows in slices
-        ]
-        return torch.cat(found)  # pyright: ignore
+        both = (image, text, texts), (text, image, images)
+        found = [_LogMeans.apply(*rows, labels, columns, scale) for rows in both]
+        return torch.stack(found, dim=1)  # pyright: ignore
 
     @torch.no_grad()
     def _learn(
@@ -223,27 +210,64 @@ class GlobalContrastive(ContrastiveLoss):
         )
 
 
-def _log_means(
-    image: Float[Tensor, "rows dim"],
-    text: Float[Tensor, "rows dim"],
-    labels: Int[Tensor, " rows"],
-    images: Float[Tensor, "total dim"],
-    texts: Float[Tensor, "total dim"],
-    columns: Int[Tensor, " total"],
+class _LogMeans(torch.autograd.Function):
+    """Logarithm of each row's mean over its negatives of exp(scale (row . other - row . mate)).
+
+    Only a slice of the matrix exists at once; on the way back it is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        mates: Tensor,
+        others: Tensor,
+        labels: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+    ) -> Tensor:
+        own = (rows * mates).sum(dim=1)
+        log_sums, counts = torch.empty_like(own), torch.empty_like(own)
+        for part in _slices(len(rows), len(others)):
+            right = labels[part, None] == columns
+            counts[part] = len(others) - right.sum(dim=1).to(own.dtype)
+            log_sums[part] = _exponents(rows, own, others, right, scale, part).logsumexp(dim=1)
+        ctx.save_for_backward(rows, mates, others, labels, columns, scale, own, log_sums)
+        return log_sums - counts.clamp(min=1).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore
+        rows, mates, others, labels, columns, scale, own, log_sums = ctx.saved_tensors
+        gradient = gradient.masked_fill(log_sums == -math.inf, 0.0)[:, None]
+        log_sums = log_sums.masked_fill(log_sums == -math.inf, 0.0)
+        of_rows, of_others = torch.empty_like(rows), torch.zeros_like(others)
+        for part in _slices(len(rows), len(others)):
+            right = labels[part, None] == columns
+            weights = _exponents(rows, own, others, right, scale, part)
+            weights.sub_(log_sums[part, None]).exp_().mul_(gradient[part])
+            of_rows[part] = weights @ others
+            of_others.addmm_(weights.T, rows[part])
+        of_scale = (rows * of_rows).sum() - (gradient[:, 0] * own).sum()
+        of_rows = scale * (of_rows - gradient * mates)
+        return of_rows, -scale * gradient * rows, scale * of_others, None, None, of_scale
+
+
+def _slices(rows: int, columns: int) -> list[slice]:
+    at_a_time = max(1, _NUMBERS_AT_A_TIME // columns)
+    return [slice(start, start + at_a_time) for start in range(0, rows, at_a_time)]
+
+
+def _exponents(
+    rows: Float[Tensor, "batch dim"],
+    own: Float[Tensor, " batch"],
+    others: Float[Tensor, "total dim"],
+    right: Bool[Tensor, "rows total"],
     scale: Float[Tensor, ""],
-) -> Float[Tensor, "rows 2"]:
-    right = labels[:, None] == columns[None, :]
-    count = (~right).sum(dim=1)
-    alone = count == 0
-    right &= ~alone[:, None]  # a sum over nothing would have no derivative
-    own = (image * text).sum(dim=1, keepdim=True)
-    log_sums = [
-        (scale * (rows @ others.T - own)).masked_fill(right, -math.inf).logsumexp(dim=1)
-        for rows, others in ((image, texts), (text, images))
-    ]
-    log_count = count.clamp(min=1).to(image.dtype).log()
-    log_means = torch.stack(log_sums, dim=1) - log_count[:, None]
-    return log_means.masked_fill(alone[:, None], -math.inf)
+    part: slice,
+) -> Float[Tensor, "rows total"]:
+    made = rows[part] @ others.T
+    return made.sub_(own[part, None]).mul_(scale).masked_fill_(right, -math.inf)
 
 
 def _same_for_equal(
