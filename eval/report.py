@@ -39,6 +39,7 @@ from eval.report_galleries import (
 from eval.report_histograms import Histogram, histogram
 from eval.report_html import EN_DASH, Element, caption, element, render
 from eval.report_pictures import Picture, PictureStore
+from eval.report_shares import shares_bar
 from eval.report_tables import Number, Tile, figure_table, headline, method_table, word_table
 from eval.results import Report
 
@@ -87,6 +88,10 @@ class Section:
             line_chart(chart) if isinstance(chart, Chart) else histogram(chart) for chart in charts
         ]
         return self._add(element("div", *drawn, class_="charts"))
+
+    def shares(self, parts: Mapping[str, float], *, unit: str = "") -> "Section":
+        """Parts of a whole as one bar, with their numbers."""
+        return self._add(shares_bar(parts, unit=unit))
 
     def table(self, heads: Sequence[str], rows: Sequence[Sequence[str | int]]) -> "Section":
         """A table of words and whole numbers."""
@@ -153,13 +158,21 @@ class Section:
 
 
 class Page:
-    """A report page: a title, key figures, then sections in the order in which they are added."""
+    """A report page: a title, key figures, then sections in the order in which they are added.
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
+    Args:
+        title: its heading.
+        subtitle: a sentence beneath.
+        renew_s: seconds after which a reader's copy loads itself anew, for a page that is written
+            again and again; None = never.
+    """
+
+    def __init__(self, title: str, subtitle: str = "", *, renew_s: int | None = None) -> None:
         if not title.strip():
             raise ValueError("report page: empty title")
         self._title = title
         self._subtitle = subtitle
+        self._renew_s = renew_s
         self._headline: Element | None = None
         self._sections: list[Section] = []
         self._pictures = PictureStore()
@@ -231,9 +244,13 @@ class Page:
             "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
             f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
         )
+        renew = None
+        if self._renew_s is not None:
+            renew = element("meta", http_equiv="refresh", content=str(self._renew_s))
         return element(
             "head",
             element("meta", charset="utf-8"),
+            renew,
             element("meta", http_equiv="Content-Security-Policy", content=policy),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),

@@ -21,11 +21,13 @@ from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import left_out
 from pipelines.learning import format_rows, origins, summary
 from pipelines.parallel import accelerator_of, stopping_with_others
-from pipelines.progress import StopOnSignal, TrainingLog
+from pipelines.progress import Observer, StopOnSignal, TrainingLog
+from pipelines.run_page import RunFacts, RunPage
 from pipelines.saving import Saver, resume
 from pipelines.schemas import PretrainConfig
 from pipelines.starting import starting
 from pipelines.step import refuse_long_schedule, step
+from pipelines.telemetry import Trackers, refuse_missing_trackers
 from pipelines.training import Training, build
 from pipelines.validation import Validation
 from shards.damage import TooMuchDamageError
@@ -41,6 +43,7 @@ def run(config: PretrainConfig) -> int:
     Returns:
         0 at the end, and after SIGTERM too, so that a scheduler goes on; 130 after SIGINT.
     """
+    refuse_missing_trackers(config)
     accelerator = accelerator_of(config)
     config, start = starting(config)
     with ExitStack() as stack:
@@ -199,6 +202,7 @@ def train(
         done=training.step,
         batch_size=config.batch_size,
         every=config.log_every,
+        observers=observers(training) if writes else (),
     )
     bad_in_a_row = 0
     with log:
@@ -245,6 +249,23 @@ def train(
             if looks:
                 look(training, saver, validation, log, stop)
     return None
+
+
+def observers(training: Training) -> list[Observer]:
+    """What follows the lines of a run: its page, and the trackers that are asked for."""
+    config, accelerator = training.config, training.accelerator
+    facts = RunFacts(
+        config=config,
+        steps=training.steps,
+        samples=training.loader.num_samples,
+        parameters=sum(one.numel() for one in training.objective.parameters()),
+        processes=accelerator.num_processes,
+        device=str(accelerator.device),
+    )
+    page = RunPage(facts, config.out / "metrics.jsonl", config.out / "report.html")
+    if not config.trackers:
+        return [page]
+    return [page, Trackers(accelerator, config, step=training.step)]
 
 
 def look(

@@ -241,7 +241,7 @@ class TrainingLog:
         if self._steps == _ENOUGH_TO_TELL and self._bar.disable:
             seconds = (time.perf_counter() - self._since) / _ENOUGH_TO_TELL
             left = seconds * (self.steps - step)
-            self.say(f"about {_duration(left)} to go at {self.batch_size / seconds:.0f} samples/s")
+            self.say(f"about {duration(left)} to go at {self.batch_size / seconds:.0f} samples/s")
         self._clocks.add({name: one for name, one in measured.items() if name.endswith("_ms")})
         self.ledger.add({name: one for name, one in measured.items() if not name.endswith("_ms")})
         usual = self.ledger.judge(measured["loss"])
@@ -314,7 +314,12 @@ _ENOUGH_TO_TELL = 3
 """Steps after which the time that is left can be told."""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words, to the second, minute or hour.
+
+    >>> duration(90.0), duration(5400.0), duration(90_000.0)
+    ('90 s', '90 min', '25 h')
+    """
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
