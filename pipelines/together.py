@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,7 +61,11 @@ class Share:
 
     def told(self, value: T) -> list[T]:
         """What every process says, by rank; on all of them. It goes through pickle."""
-        return [value] if self.alone else gather_object([value])
+        if self.alone:
+            return [value]
+        said: list[T] = [value] * self.ranks
+        dist.all_gather_object(said, value)
+        return said
 
     def gathered(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "total dim"]:
         """All processes' rows by rank, on the CPU of every one.

@@ -1,5 +1,7 @@
 """Parameter groups, optimisers by name, and the schedule."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,13 @@ from torch import nn
 
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective
-from align.optim import build_optimizer, cosine_factor, parameter_groups, set_learning_rate
+from align.optim import (
+    build_optimizer,
+    constant_factor,
+    cosine_factor,
+    parameter_groups,
+    set_learning_rate,
+)
 from align.parameters import Rule, how_it_learns, named
 
 MODELS = {
@@ -203,3 +211,43 @@ def test_mistakes_are_one_line(name, options, parts):
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- constant, with a cool-down ---
+
+
+@given(
+    steps=st.integers(2, 200),
+    shares=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    floor=st.floats(0, 0.9),
+)
+def test_a_constant_rate_rises_stays_and_falls_in_straight_lines(steps, shares, floor):
+    warmup, cooldown = (int(share * steps) for share in shares)
+    factors = [
+        constant_factor(step, warmup=warmup, steps=steps, cooldown=cooldown, floor=floor)
+        for step in range(steps + 1)
+    ]
+    assert all(0 < factor <= 1 for factor in factors[:-1])
+    assert factors[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    assert factors[warmup : steps - cooldown] == [1.0] * (steps - cooldown - warmup)
+    if cooldown:
+        assert factors[steps] == pytest.approx(floor)
+        falling = factors[steps - cooldown :]
+        differences = [one - other for one, other in pairwise(falling)]
+        assert differences == pytest.approx([(1 - floor) / cooldown] * cooldown)
+
+
+@given(steps=st.integers(1, 100), more=st.integers(0, 100), cooldown=st.integers(0, 50))
+def test_a_longer_run_takes_the_same_steps_up_to_the_cool_down(steps, more, cooldown):
+    cooldown = min(cooldown, steps)
+    for step in range(steps - cooldown + 1):
+        one, other = (
+            constant_factor(step, warmup=5, steps=length, cooldown=cooldown)
+            for length in (steps, steps + more)
+        )
+        assert one == other
+
+
+def test_a_rate_goes_no_lower_behind_the_end():
+    assert constant_factor(99, warmup=0, steps=10, cooldown=4, floor=0.25) == 0.25
+    assert constant_factor(99, warmup=0, steps=10, cooldown=0, floor=0.25) == 1.0
