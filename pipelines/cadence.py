@@ -13,7 +13,7 @@ class Cadence:
     """Every so many samples, steps, epochs or minutes.
 
     All but minutes are functions of the step alone, so that a resumed run keeps time. Minutes are
-    those of the main process, counted from when something was last done.
+    counted from when something was last done, or from the start; see `agreed`.
 
     Args:
         span: as `pipelines.schemas.values.Cadence` has it.
