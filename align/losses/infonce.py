@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from align.gather import gather_rows, logsumexp_over_ranks
 from align.losses.loss import ContrastiveLoss
-from align.losses.tiles import Gradients, Positives, Tiles, in_full_precision
+from align.losses.tiles import (
+    Gradients,
+    Positives,
+    Tiles,
+    in_full_precision,
+    refuse_second_derivative,
+)
 
 
 class InfoNCE(ContrastiveLoss):
@@ -154,10 +159,10 @@ class _InfoNCE(torch.autograd.Function):
         return ((sums.of_rows.sum() + of_columns[positives.own].sum()) / 2 - target) / len(image)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         image, text, scale, of_rows, of_columns, shift = ctx.saved_tensors
         rows, columns, own = ctx.needs_input_grad[:3]
         with torch.autocast(image.device.type, enabled=False):

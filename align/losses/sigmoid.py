@@ -5,12 +5,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from align.gather import gather_rows
 from align.losses.loss import ContrastiveLoss
-from align.losses.tiles import Gradients, Positives, Tiles, in_full_precision
+from align.losses.tiles import (
+    Gradients,
+    Positives,
+    Tiles,
+    in_full_precision,
+    refuse_second_derivative,
+)
 
 
 class Sigmoid(ContrastiveLoss):
@@ -86,21 +91,21 @@ class _Sigmoid(torch.autograd.Function):
         ctx.positives = positives
         ctx.derived = None
         if any(ctx.needs_input_grad):
-            losses, ctx.derived = _derive(tiles, bias, positives, ctx.needs_input_grad)
+            total, ctx.derived = _derive(tiles, bias, positives, ctx.needs_input_grad)
         else:
-            losses = [
-                F.softplus(tile.add_(bias)).sum()
+            totals = [
+                sum(F.softplus(tile.add_(bias)).sum() for _, tile, _ in tiles.beside(here))
                 for here in tiles.row_spans
-                for _, tile, _ in tiles.beside(here)
             ]
+            total = torch.stack(totals).sum()
         right = positives.score(tiles, mean=False) + bias * positives.pairs()
-        return (torch.stack(losses).sum() - right) / len(image)
+        return (total - right) / len(image)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         image, text, scale, bias = ctx.saved_tensors
         rows, _, own, own_bias = ctx.needs_input_grad[:4]
         with torch.autocast(image.device.type, enabled=False):
@@ -123,15 +128,16 @@ class _Sigmoid(torch.autograd.Function):
 
 def _derive(
     tiles: Tiles, bias: Tensor, positives: Positives, wanted: tuple[bool, ...]
-) -> tuple[list[Tensor], tuple[Gradients, Tensor]]:
-    """Each tile's sum of log(1 + e^s); gradients of rows and columns, and of the bias, to scale."""
+) -> tuple[Tensor, tuple[Gradients, Tensor]]:
+    """The sum of log(1 + e^s); gradients of rows and columns, and of the bias, but for a factor."""
     found = Gradients(tiles, rows=wanted[0], columns=wanted[1], scale=wanted[2])
     positives.subtract(found, share=1.0, mean=False)
-    losses, weights = [], []
-    for here in tiles.row_spans:
+    # A sum for each row of tiles: one for all would lose more to rounding.
+    totals, weights = tiles.rows.new_zeros(2, len(tiles.row_spans))
+    for at, here in enumerate(tiles.row_spans):
         for there, tile, room in tiles.beside(here):
             torch.ops.aten.softplus.out(tile.add_(bias), out=room)
-            losses.append(room.sum())
-            weights.append(tile.sigmoid_().sum())
+            totals[at] += room.sum()
+            weights[at] += tile.sigmoid_().sum()
             found.add(here, there, tile)
-    return losses, (found, torch.stack(weights).sum() - positives.pairs())
+    return totals.sum(), (found, weights.sum() - positives.pairs())

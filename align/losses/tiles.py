@@ -29,6 +29,18 @@ def in_full_precision(
     return image.to(exact).contiguous(), text.to(exact).contiguous()
 
 
+def refuse_second_derivative() -> None:
+    """To be called in a backward pass of which no graph is kept.
+
+    Raises:
+        RuntimeError: it runs under `create_graph`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the gradient of a tiled loss cannot be derived again: leave out create_graph"
+        )
+
+
 def spans(length: int, size: int) -> list[slice]:
     """Cut `length` into pieces of `size`, the last of which may be shorter."""
     return [slice(at, min(at + size, length)) for at in range(0, length, size)]
