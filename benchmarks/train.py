@@ -29,7 +29,9 @@ The last line is JSON.
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -150,6 +152,8 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
+    # Else trainers that are stopped would stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(chosen.model, Path(scratch))
         wanted = json.loads((model / "open_clip_config.json").read_text())["model_cfg"]

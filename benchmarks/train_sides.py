@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,8 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._send(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            self._send(signal.SIGKILL)
         self._process.wait()
 
 
