@@ -23,7 +23,7 @@ from pipelines.learning import format_rows, origins, summary
 from pipelines.parallel import accelerator_of, stopping_with_others
 from pipelines.progress import Observer, StopOnSignal, TrainingLog
 from pipelines.run_page import RunFacts, RunPage
-from pipelines.saving import Saver, resume
+from pipelines.saving import Saver, resume, telling_full_disks
 from pipelines.schemas import PretrainConfig
 from pipelines.starting import starting
 from pipelines.step import refuse_long_schedule, step
@@ -49,6 +49,7 @@ def run(config: PretrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(stopping_with_others(config, accelerator))
         stop = stack.enter_context(StopOnSignal(together=accelerator.num_processes > 1))
+        stack.enter_context(telling_full_disks(config.out))
         if accelerator.is_main_process:
             stack.enter_context(run_folder.locked(config.out))
             refuse_to_mix(config)
@@ -58,8 +59,8 @@ def run(config: PretrainConfig) -> int:
             stack.enter_context(training.loader)
             if config.resume:
                 resume(training)
-        refuse_long_schedule(training)
-        validation = Validation(training)
+            refuse_long_schedule(training)
+            validation = Validation(training)
         if accelerator.is_main_process:
             record(training)
             print(*introduction(training), sep="\n", flush=True)

@@ -1,7 +1,10 @@
 """Checkpoints of a run: when, which are kept, and how a run goes on from the newest whole one."""
 
+import errno
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,26 @@ def newest_whole(out: Path, *, averaged: bool) -> tuple[Path | None, list[str]]:
             f"{lines[0]}, and so is every other checkpoint there; move {out} away to begin anew"
         )
     return None, lines
+
+
+@contextmanager
+def telling_full_disks(out: Path) -> Iterator[None]:
+    """Have an error of a full disk name the run folder: Python says only that there is no space.
+
+    Raises:
+        OSError: there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(
+            f"{out}: {error.strerror}; make room, then --resume goes on from the newest checkpoint"
+        ) from error
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def _name(step: int) -> str:

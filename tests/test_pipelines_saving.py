@@ -444,6 +444,18 @@ def test_files_that_the_system_refuses_end_the_run_likewise(straight, data, tmp_
     assert_same(out, straight)
 
 
+def test_a_full_disk_is_told_by_the_run_folder_whatever_was_being_written(
+    data, tmp_path, monkeypatch
+):
+    def write(self, line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(progress.TrainingLog, "write", write)
+    with pytest.raises(OSError, match="No space left on device; make room") as caught:
+        pretrain.run(config(tiny_pretrain(data, tmp_path / "run")))
+    assert str(caught.value).startswith(f"{tmp_path / 'run'}: ")
+
+
 # --- damage ---
 
 
