@@ -273,7 +273,7 @@ def _y_scale(lines: Sequence[_Line], *, log: bool) -> Scale:
     # Start at zero where that costs less than half of the height.
     if 0 <= low <= high / 2:
         low = 0.0
-    if high == low:
+    if high - low <= 1e-9 * abs(high):  # means of one value may differ in their last bit
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
     covering = ticks(low, high)
     near = covering[-1] - high < 0.12 * (high - low)

@@ -1,17 +1,16 @@
 """`report.html` of a run folder: how a run goes, in one page that can be opened while it does."""
 
 import time
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eval.report import Chart, Number, Page, Series, Tile
+from eval.report import Number, Page, Tile
 from eval.results import Figure
 from pipelines import run_folder
 from pipelines.progress import duration
+from pipelines.run_figures import Columns, grouped, in_words, is_rank
 from pipelines.schemas import PretrainConfig
 
 EVERY_S = 10.0
@@ -29,8 +28,6 @@ _BUDGET = {
     "other_ms": "the rest",
 }
 _PARTS = {"image": "image", "text": "text", "head": "rest"}
-_RECENT = 20
-"""Lines that speeds and the budget of a step are taken from."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ class RunPage:
     def __init__(self, facts: RunFacts, metrics: Path, path: Path) -> None:
         self.path = path
         self._facts = facts
-        self._steps = _Columns()
-        self._looks = _Columns()
+        self._steps = Columns()
+        self._looks = Columns()
         self._last: dict[str, Any] = {}
         self._next = 0.0
         self._told = False
@@ -194,7 +191,7 @@ class RunPage:
     def _validation(self, page: Page) -> None:
         drawn = [
             chart
-            for (title, unit), names in _grouped(self._looks.names()).items()
+            for (title, unit), names in grouped(self._looks.names()).items()
             if (chart := self._looks.chart(title, names, unit, banded=True))
         ]
         if drawn:
@@ -298,94 +295,6 @@ class RunPage:
                 },
             }
         )
-
-
-class _Columns:
-    """Lines by figure: at which sample, and what; in few bytes, for runs of any length."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, tuple[array, array]] = {}
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("step", "samples"):
-                samples, values = self._columns.setdefault(name, (array("d"), array("d")))
-                samples.append(line["samples"])
-                values.append(value)
-
-    def has(self, name: str) -> bool:
-        return name in self._columns
-
-    def names(self) -> list[str]:
-        """Of figures, without the ends of their intervals."""
-        ends = {f"{name}_{edge}" for name in self._columns for edge in ("low", "high")}
-        return [name for name in self._columns if name not in ends]
-
-    def column(self, name: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self._columns.get(name, (array("d"), array("d")))
-
-    def recent(self, name: str) -> float | None:
-        _, values = self.column(name)
-        latest = values[-_RECENT:]
-        return sum(latest) / len(latest) if latest else None
-
-    def chart(
-        self,
-        title: str,
-        names: Mapping[str, str],
-        unit: str = "",
-        *,
-        log: bool = False,
-        banded: bool = False,
-    ) -> Chart | None:
-        """A chart of those figures that there are; None where there are none."""
-        lines = []
-        for name, said in names.items():
-            samples, values = self.column(name)
-            if not values:
-                continue
-            ends = [self.column(f"{name}_{edge}")[1] for edge in ("low", "high")]
-            whole = banded and all(len(end) == len(values) for end in ends)
-            low, high = ends if whole else (None, None)
-            lines.append(Series(said, samples, values, low, high))
-        if not lines:
-            return None
-        positive = all(min(line.y) > 0 for line in lines)
-        return Chart(title, lines, unit=unit, log=log and positive)
-
-
-def is_rank(name: str) -> bool:
-    """Whether a figure is a rank, of which 1 is the best; else it is a fraction."""
-    return name.endswith("_rank")
-
-
-def in_words(name: str) -> str:
-    """A figure's name for readers.
-
-    >>> in_words("unseen/image_to_text_recall@5"), in_words("mean_per_class_recall")
-    ('unseen: image to text recall@5', 'mean per class recall')
-    """
-    title, slash, figure = name.rpartition("/")
-    return f"{title}{': ' if slash else ''}{figure.replace('_', ' ')}"
-
-
-def _grouped(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """Figures that belong on one chart, by its title and unit; each with its own short name."""
-    groups: dict[tuple[str, str], dict[str, str]] = {}
-    for name in names:
-        title, slash, figure = name.rpartition("/")
-        above = f"{title}: " if slash else ""
-        stem, at, k = figure.partition("@")
-        if at:
-            group, said = (in_words(stem), "fraction"), f"@{k}"
-        elif is_rank(figure):
-            direction = figure.removesuffix("_median_rank")
-            group, said = ("median rank", "rank"), in_words(direction)
-        else:
-            group, said = ("accuracy", "fraction"), in_words(figure).removeprefix("mean ")
-        heading = above + group[0]
-        groups.setdefault((heading[:1].upper() + heading[1:], group[1]), {})[name] = said
-    return groups
 
 
 def short(count: int | float) -> str:

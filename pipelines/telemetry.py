@@ -308,7 +308,8 @@ class Trackers:
     """Sends every line to the trackers of a run, through Accelerate.
 
     TensorBoard's files go to `tensorboard` in the run folder, W&B's to `wandb`; whether W&B uses
-    the network is for its own settings to say (`WANDB_MODE=offline` does not).
+    the network is for its own settings to say (`WANDB_MODE=offline` does not). A run that goes on
+    takes over its TensorBoard folder from the step it goes on at; to W&B it is another run.
 
     Args:
         accelerator: its trackers are set up here.

@@ -1,6 +1,7 @@
 """The page of a run: what it shows of the lines, when it is written, and that it ends no run."""
 
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 from pairs_corpus import tiny_pretrain
 
+from eval.report import Chart, Series
+from eval.report_charts import line_chart
 from eval.report_shares import shares_bar
 from pipelines import pretrain, run_page
 from pipelines.config import build
-from pipelines.run_page import RunFacts, RunPage, in_words, short
+from pipelines.run_figures import in_words
+from pipelines.run_page import RunFacts, RunPage, short
 from pipelines.schemas import PretrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,6 +210,12 @@ def test_a_run_leaves_its_page(data, tmp_path):
     assert "Best image to text recall@1" in said
     assert "samples 48" in said
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", html), "nothing is fetched"
+
+
+def test_a_curve_that_hardly_moves_is_drawn():
+    values = [0.07, math.nextafter(0.07, 1), 0.07]
+    drawn = line_chart(Chart("Temperature", [Series("temperature", [1, 2, 3], values)]))
+    assert "ends at 0.07" in str(drawn[1].get("aria-label"))
 
 
 def test_numbers_and_names_for_readers():
