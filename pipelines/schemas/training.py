@@ -311,8 +311,10 @@ class PretrainConfig(Config):
     )
     start_from: str | None = Field(
         default=None,
-        description="A bundle (folder or hub id) to go on from with all of its weights: towers,\n"
-        "projections, temperature and tokenizer; model and tokenizer are then the bundle's.",
+        description="A bundle, or a model of OpenCLIP or Hugging Face (as align.load takes them),\n"
+        "to go on from with all of its weights: towers, projections, temperature and tokenizer.\n"
+        "model and tokenizer are then its own, but trainable and layer_decay, and the sizes of\n"
+        "pictures and texts where its towers take others.",
     )
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
