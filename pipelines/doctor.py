@@ -221,13 +221,17 @@ class _Visit:
             weights = weigh(training)
             side = wanted.augment.decode_size or wanted.model.image_size
             batches = 2 * wanted.workers + 2
+            piece = min(wanted.micro_batch_size or local, local)
+            sharded = wanted.shard_weights and processes > 1
             memory = Memory(
-                weights=weights,
+                weights=weights.shared_by(processes, whole_gradients=piece < local)
+                if sharded
+                else weights,
                 activations=rates.activations,
                 waiting=batches * local * 3 * side * side,
                 program=self.program,
             )
-            check_memory(check, memory, device=device, processes=processes, batch=local)
+            check_memory(check, memory, device=device, processes=processes, batch=piece)
             check_disk(check, wanted, weights)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from pipelines import cli, doctor, pretrain
 from pipelines.checkup import fit, speed
 from pipelines.checkup.data import look, sampled
 from pipelines.checkup.forecast import Machine, pace_of
+from pipelines.checkup.memory import Amount, Weights
 from pipelines.checkup.report import duration, percent, rate, several, size
 from pipelines.checkup.speed import Rates, Stage
 from pipelines.config import build, to_yaml
@@ -478,6 +480,58 @@ def test_memory_that_is_not_there(data, tmp_path, examine, monkeypatch):
     memory = only(examine(data, tmp_path / "run"), "memory")
     assert memory["mark"] == "problem"
     assert "of the 100 MB" in memory["found"]
+
+
+def test_a_step_is_tried_in_pieces_as_the_run_takes_it(data, tmp_path, examine, monkeypatch):
+    sizes: list[tuple[int, int]] = []
+
+    def seen(training, batch):
+        sizes.append((len(batch), training.pieces))
+        return pretrain.step(training, batch)
+
+    monkeypatch.setattr(speed, "step", seen)
+    result = examine(data, tmp_path / "run", timed=True, processes=2, micro_batch_size=2)
+    assert result.code == 0, result.problems
+    # Eight rows each: four pieces of two, and no fewer than two where a small batch is tried.
+    assert sizes[0] == (4, 2)
+    assert all(pieces == size // 2 for size, pieces in sizes)
+    sizes.clear()
+    examine(data, tmp_path / "run", timed=True, processes=2, micro_batch_size=8)
+    assert {pieces for _, pieces in sizes} == {1}
+
+
+def test_activations_are_those_of_a_piece(data, tmp_path, examine, monkeypatch):
+    """Only what a forward pass keeps is counted here: a fixed number of bytes a row."""
+    monkeypatch.setattr(speed._Steps, "_held", lambda _self, _stage, size: 1000 * size)
+    monkeypatch.setattr(speed, "peak_of", lambda _: nullcontext(Amount()))
+    monkeypatch.setattr(speed, "_GROWTH", 1)  # no batch but the smallest is tried
+
+    def found(**changes: Any) -> int:
+        result = examine(data, tmp_path / "run", timed=True, **changes)
+        return result.numbers["rates"]["activations"]
+
+    assert found() == 1000 * (16 - 2)
+    assert found(micro_batch_size=8) == 1000 * (8 - 2)
+    assert found(micro_batch_size=8, processes=2) == 1000 * (8 - 2)
+
+
+def test_pieces_that_do_not_fit_the_processes(data, tmp_path, examine):
+    result = examine(data, tmp_path / "run", processes=4, micro_batch_size=8)
+    assert only(result, "pieces")["mark"] == "problem"
+    assert "8 on 4 processes does not divide batch_size 16" in only(result, "pieces")["found"]
+    assert "pieces" not in examine(data, tmp_path / "run", processes=2, micro_batch_size=8).found
+
+
+def test_shares_of_the_weights_are_counted_as_such(data, tmp_path, examine, monkeypatch):
+    held: list[Weights] = []
+    monkeypatch.setattr(doctor, "check_memory", lambda _, memory, **__: held.append(memory.weights))
+    examine(data, tmp_path / "run", processes=2)
+    examine(data, tmp_path / "run", processes=2, shard_weights=True)
+    examine(data, tmp_path / "run", processes=2, shard_weights=True, micro_batch_size=4)
+    whole, shared, pieces = held
+    assert shared.parameters == -(-whole.parameters // 2)
+    assert shared.gradients == -(-whole.gradients // 2)
+    assert pieces.gradients == whole.gradients, "whole ones, until they are exchanged"
 
 
 def test_a_step_without_finite_gradients(data, tmp_path, examine, monkeypatch):

@@ -43,6 +43,14 @@ def check_order(
             f"workers; {several(shards, 'shard')}",
             f"a batch draws from only {config.lanes} places of the data: more lanes mix better",
         )
+    micro = config.micro_batch_size
+    if micro is not None and config.batch_size % (micro * processes):
+        check.problem(
+            "pieces",
+            f"micro_batch_size {micro} on {several(processes, 'process')} does not divide "
+            f"batch_size {config.batch_size}",
+            "another micro_batch_size",
+        )
     if config.batch_size > samples:
         check.note(
             "batch",

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -37,6 +38,15 @@ class Weights:
     def checkpoint(self) -> int:
         """Of one checkpoint."""
         return self.parameters + self.optimizer + self.average
+
+    def shared_by(self, processes: int, *, whole_gradients: bool) -> "Weights":
+        """What each process keeps under `shard_weights`; in pieces, gradients stay whole."""
+        return Weights(
+            parameters=ceil(self.parameters / processes),
+            gradients=self.gradients if whole_gradients else ceil(self.gradients / processes),
+            optimizer=ceil(self.optimizer / processes),
+            average=ceil(self.average / processes),
+        )
 
 
 def weigh(training: Training) -> Weights:
@@ -119,7 +129,7 @@ def check_memory(
 def _judge(check: CheckUp, what: str, needed: int, there: int) -> None:
     check.numbers[what.replace(" ", "_").lower()] = {"needed": needed, "available": there}
     text = f"about {size(needed)} of the {size(there)} that can be had"
-    advice = "lower batch_size, take smaller pictures, or fewer workers"
+    advice = "lower micro_batch_size or batch_size, take smaller pictures, or fewer workers"
     if needed > there:
         check.problem(what, text, advice)
     else:

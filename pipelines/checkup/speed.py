@@ -1,7 +1,8 @@
 """How fast each stage of a run is on its own data and model, and what that means for the whole."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -240,6 +241,8 @@ class _Steps:
         self._training = training
         self._pool = _longest_first(batches)
         self._most = local_batch
+        self._micro = min(training.config.micro_batch_size or local_batch, local_batch)
+        self._several = 1 if self._micro == local_batch else 2
         self._warm = 0  # the size of pictures that the last step was at
         self._fixed_s = 0.0
         self._optimizer_s: list[float] = []
@@ -251,7 +254,7 @@ class _Steps:
         """Enlarge the batch from a small one as far as time and memory allow."""
         until = time.perf_counter() + seconds
         # The first step makes the optimiser's moments; it counts where there is no time for more.
-        small = self._step(stage, min(_PROBE, self._most))
+        small = self._step(stage, min(_PROBE * self._several, self._most))
         if small.seconds < seconds:
             small = self._step(stage, small.size)
         more = self._held(stage, 2 * small.size) - self._held(stage, small.size)
@@ -272,7 +275,8 @@ class _Steps:
         trained = (one for one in self._training.objective.parameters() if one.requires_grad)
         gradients = sum(one.numel() * one.element_size() for one in trained)
         self.size = large.size
-        self.activations = max(0, large.peak - gradients) + each * (self._most - large.size)
+        met = ceil(large.size / self._pieces(large.size))
+        self.activations = max(0, large.peak - gradients) + each * max(0, self._micro - met)
 
     def time(self, stage: Stage, seconds: float) -> float:
         """Seconds per sample of a whole step of the run's batch."""
@@ -301,11 +305,26 @@ class _Steps:
         finally:
             torch.set_num_threads(threads)
 
+    def _pieces(self, size: int) -> int:
+        """Of a batch of that size; two at least where the run's has several: they cost more."""
+        return max(min(self._several, size // _PROBE), ceil(size / self._micro), 1)
+
+    @contextmanager
+    def _in_pieces(self, size: int) -> Iterator[None]:
+        config = self._training.config
+        micro = ceil(config.batch_size / self._pieces(size))
+        # The rows of a piece as the training understands them, whose own batch is larger.
+        self._training.config = config.model_copy(update={"micro_batch_size": micro})
+        try:
+            yield
+        finally:
+            self._training.config = config
+
     def _step(self, stage: Stage, size: int) -> _Timed:
         training, batch = self._training, _of_size(self._pool, size)
         training.step = stage.first_step
         self._warm = stage.image_size
-        with peak_of(training.accelerator.device) as peak:
+        with self._in_pieces(size), peak_of(training.accelerator.device) as peak:
             began = time.perf_counter()
             measured = step(training, batch)
             if training.accelerator.device.type == "cuda":
@@ -320,7 +339,7 @@ class _Steps:
         training.step = stage.first_step
         pairs, _ = tokenised(training, batch)
         with held_for_backward() as held, precision(training):
-            training.wrapped(pairs.piece(0, training.pieces))
+            training.wrapped(pairs)
         return held.bytes
 
 
