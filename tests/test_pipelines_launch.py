@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_two_processes_are_launched_and_train_together(data, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -227,6 +228,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.script: subprocess.Popen | None = None
         self.calls_file = folder / "calls"
         commands_folder = folder / "bin"
         commands_folder.mkdir()
@@ -250,17 +252,19 @@ class Cluster:
         }
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        self.script = subprocess.Popen(
             ["bash", str(SLURM), *arguments],
+            start_new_session=True,
             env={**self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        return self.script
 
     def finish(self, script: subprocess.Popen) -> tuple[int, str]:
-        out, err = script.communicate(timeout=90)
+        out, err = script.communicate(timeout=240)
         return script.returncode, out + err
 
     def run(self, played: str, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -286,15 +290,19 @@ class Cluster:
 
 
 def wait_for(path: Path, *, lines: int = 0) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while not path.exists() or len(path.read_text().splitlines()) < lines:
         assert time.monotonic() < until, f"{path} never came"
         time.sleep(0.02)
 
 
 @pytest.fixture
-def cluster(tmp_path) -> Cluster:
-    return Cluster(tmp_path)
+def cluster(tmp_path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    yield made
+    if made.script is not None and made.script.poll() is None:  # a test that failed
+        os.killpg(made.script.pid, signal.SIGKILL)
+        made.script.communicate()
 
 
 def test_the_script_is_one():
@@ -391,7 +399,7 @@ def test_a_mistake_is_told_before_anything_starts(cluster):
 @pytest.mark.slow
 def test_a_real_run_stops_comes_back_and_ends(data, cluster):
     out = cluster.folder / "real"
-    given = str(tiny(data, out, samples=16 * 80, save_every="1000 steps"))
+    given = str(tiny(data, out, samples=16 * 60, save_every="1000 steps"))
     script = cluster.start(given)
     wait_for(out / "metrics.jsonl", lines=4)
     script.send_signal(signal.SIGUSR1)
