@@ -1,5 +1,6 @@
-"""InfoNCE against a slow transcription, OpenCLIP's own loss, and itself on two processes."""
+"""The losses against a slow transcription, OpenCLIP's own, and themselves on several processes."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from align.losses import InfoNCE
+from align.gather import world_size
+from align.losses import InfoNCE, Sigmoid, tiles
+from align.losses.loss import ContrastiveLoss
 from align.model import DualEncoder
 from align.objective import ContrastiveObjective, Pairs
 
@@ -132,11 +135,11 @@ def test_senseless_options_are_refused(options, name):
 class TwoTowers(nn.Module):
     """The least model that has weights on both sides and a temperature."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: ContrastiveLoss) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
-        self.loss = InfoNCE(temperature=0.1)
+        self.loss = loss
         self.double()
 
     def forward(self, images, texts, labels):
@@ -145,38 +148,112 @@ class TwoTowers(nn.Module):
         return self.loss(image, text, labels)
 
 
-def whole_batch():
+def models() -> dict[str, TwoTowers]:
+    """Losses that ranks share; the last one has a tower that learns nothing."""
+    losses = {
+        "infonce": InfoNCE(temperature=0.1),
+        "smoothed": InfoNCE(temperature=0.1, label_smoothing=0.2),
+        "far": InfoNCE(temperature=0.0004, min_temperature=0.0004),
+        "sigmoid": Sigmoid(temperature=0.1, bias=-2.0),
+        "locked": Sigmoid(temperature=0.1, bias=-2.0),
+    }
+    found = {name: TwoTowers(loss) for name, loss in losses.items()}
+    found["locked"].image.requires_grad_(False)
+    return found
+
+
+def whole_batch(*, labelled: bool):
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(8, 6, generator=generator, dtype=torch.float64)
     texts = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-    return images, texts, torch.tensor([0, 1, 2, 0, 3, 1, 4, 0])
+    return images, texts, torch.tensor([0, 1, 2, 0, 3, 1, 4, 0]) if labelled else None
 
 
 def gradients_of_rank(rank: int, world: int, folder: str) -> None:
-    images, texts, labels = whole_batch()
-    model = DistributedDataParallel(TwoTowers())
+    tiles._EDGE["cpu"] = 3
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    loss = model(images[mine], texts[mine], labels[mine])
-    loss.backward()
-    value = loss.detach().clone()
-    dist.all_reduce(value)
-    gradients = {name: p.grad for name, p in model.module.named_parameters()}
-    torch.save({"loss": value / world, **gradients}, Path(folder) / f"{rank}.pt")
+    found = {}
+    for name, model in models().items():
+        for labelled in (False, True):
+            images, texts, labels = whole_batch(labelled=labelled)
+            wrapped = DistributedDataParallel(model)
+            own = None if labels is None else labels[mine]
+            loss = wrapped(images[mine], texts[mine], own)
+            model.zero_grad()
+            loss.backward()
+            value = loss.detach().clone()
+            dist.all_reduce(value)
+            gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+            found[name, labelled] = {"loss": value / world, **copy.deepcopy(gradients)}
+    torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_give_the_gradient_of_the_whole_batch(tmp_path, world):
-    alone = TwoTowers()
-    loss = alone(*whole_batch())
-    loss.backward()
     run_ranks(gradients_of_rank, world, str(tmp_path))
-    for rank in range(world):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-12)
-        for name, parameter in alone.named_parameters():
-            assert parameter.grad is not None
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-14)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for name, alone in models().items():
+        for labelled in (False, True):
+            loss = alone(*whole_batch(labelled=labelled))
+            alone.zero_grad()
+            loss.backward()
+            learning = {key: p.grad for key, p in alone.named_parameters() if p.requires_grad}
+            for found in (rank[name, labelled] for rank in ranks):
+                assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-12)
+                assert found.keys() == learning.keys()
+                for key, gradient in learning.items():
+                    assert gradient is not None
+                    near = 1e-13 * alone.loss.scale().item()
+                    torch.testing.assert_close(found[key], gradient, rtol=1e-9, atol=near)
+
+
+class Counted:
+    """What the collectives of one step bring to this rank, in bytes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.all_gather, self.all_to_all, self.all_reduce = 0, 0, 0
+        gather, exchange, reduce = dist.all_gather, dist.all_to_all_single, dist.all_reduce
+
+        def counting_gather(parts, mine, *args, **kwargs):
+            self.all_gather += (len(parts) - 1) * mine.nbytes
+            return gather(parts, mine, *args, **kwargs)
+
+        def counting_exchange(received, parts, *args, **kwargs):
+            self.all_to_all += received.nbytes * (world_size() - 1) // world_size()
+            return exchange(received, parts, *args, **kwargs)
+
+        def counting_reduce(tensor, *args, **kwargs):
+            self.all_reduce += tensor.nbytes
+            return reduce(tensor, *args, **kwargs)
+
+        patch.setattr(dist, "all_gather", counting_gather)
+        patch.setattr(dist, "all_to_all_single", counting_exchange)
+        patch.setattr(dist, "all_reduce", counting_reduce)
+
+
+def bytes_of_rank(rank: int, world: int, folder: str) -> None:
+    image, text = (unit_rows(6, 16, seed=rank + 10 * side).requires_grad_() for side in (0, 1))
+    found = {}
+    for loss in (InfoNCE(), Sigmoid()):
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Counted(patch)
+            loss(image, text).backward()
+        found[type(loss).__name__] = vars(counted)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_only_texts_their_gradients_and_sums_over_columns_travel(tmp_path):
+    run_ranks(bytes_of_rank, 2, str(tmp_path))
+    for rank in range(2):
+        rows = 6 * 16 * 4  # those of the other rank
+        sums = 2 * 12 * 4  # of two reductions, each of which passes a rank twice
+        expected = {"all_gather": rows, "all_to_all": rows, "all_reduce": sums}
+        assert torch.load(tmp_path / f"{rank}.pt") == {
+            "InfoNCE": expected,
+            "Sigmoid": {**expected, "all_reduce": 0},
+        }
 
 
 def uneven_pairs(model: DualEncoder):

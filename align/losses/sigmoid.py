@@ -93,11 +93,11 @@ class _Sigmoid(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             total, ctx.derived = _derive(tiles, bias, positives, ctx.needs_input_grad)
         else:
-            totals = [
-                sum(F.softplus(tile.add_(bias)).sum() for _, tile, _ in tiles.beside(here))
-                for here in tiles.row_spans
-            ]
-            total = torch.stack(totals).sum()
+            totals = tiles.rows.new_zeros(len(tiles.row_spans))
+            for at, here in enumerate(tiles.row_spans):
+                for _, tile, _ in tiles.beside(here):
+                    totals[at] += F.softplus(tile.add_(bias)).sum()
+            total = totals.sum()
         right = positives.score(tiles, mean=False) + bias * positives.pairs()
         return (total - right) / len(image)
 
