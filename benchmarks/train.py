@@ -1,8 +1,8 @@
 """Our trainer beside OpenCLIP's own, on the same model and the same data.
 
     python -m benchmarks.train                                     # the tiny model
-    python -m benchmarks.train --model ViT-B-32 --batch-size 32 --turn 2 --rounds 3
-    python -m benchmarks.train --overhead                          # ours alone
+    python -m benchmarks.train --model ViT-B-32 --batch-size 32 --turn 1 --rounds 5
+    python -m benchmarks.train --overhead --turn 10 --rounds 20    # ours alone
 
 Both are the real thing in processes of their own, with loader, logging and guards: `align pretrain`
 (`pipelines.pretrain`) and `open_clip_train.main` of the installed OpenCLIP, which needs an older
@@ -199,9 +199,8 @@ def main() -> None:
         if isinstance(value, float):
             print(f"{name:<34} {value:9.4g}")
             figures[name] = float(f"{value:.4g}")
-    print(
-        json.dumps({**figures, "workers": chosen.workers, **machine(torch.device(chosen.device))})
-    )
+    told = {**machine(torch.device(chosen.device)), "threads": chosen.threads}
+    print(json.dumps({**figures, "workers": chosen.workers, **told}))
 
 
 if __name__ == "__main__":
