@@ -1,15 +1,17 @@
 """Checkpoints: whole or not at all, and training goes on from them as if it had never stopped."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from pairs_corpus import tiny_model
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from align.checkpoint import checkpoints, load_state, save_state
+from align.checkpoint import _Stored, checkpoints, fault, load_state, save_state
 from align.folders import whole_folder
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective, Pairs
@@ -250,3 +252,61 @@ def test_moments_of_another_model_are_refused(saved, tmp_path):
     save_state(tmp_path / "other", **other.parts(), progress={})
     shutil.copy(tmp_path / "other" / "optimizer.safetensors", saved / "optimizer.safetensors")
     refused(saved, Run("adamw", averaged=True))
+
+
+# --- in shares ---
+
+
+def in_shares(folder: Path, kind: str, *, of: int) -> dict[str, torch.Tensor]:
+    """Rewrite the tensors of a checkpoint as so many processes would, in rows as FSDP2 has them."""
+    path = folder / f"{kind}.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    for rank in range(of):
+        mine, rows = {}, {}
+        for name, tensor in tensors.items():
+            if not tensor.ndim or name.startswith("step/"):
+                if rank == 0:
+                    mine[name] = tensor
+                continue
+            size = -(-len(tensor) // of)
+            start = min(rank * size, len(tensor))
+            if part := len(tensor[start : start + size]):
+                mine[name] = tensor[start : start + part].clone()
+                rows[name] = [start, len(tensor)]
+        name = f"{kind}-{rank + 1:05d}-of-{of:05d}.safetensors"
+        save_file(mine, folder / name, metadata={"rows": json.dumps(rows)})
+    return tensors
+
+
+@pytest.mark.parametrize("of", [2, 3, 7])
+def test_shares_of_any_number_of_processes_are_read_as_one(saved, of):
+    for kind in ("objective", "average", "optimizer"):
+        in_shares(saved, kind, of=of)
+    assert fault(saved, averaged=True) is None
+    run, straight = Run("adamw", averaged=True, seed=1), Run("adamw", averaged=True)
+    load_state(saved, **run.parts())
+    straight.train(range(1))
+    assert run.train(range(1, 4)) == straight.train(range(1, 4))
+    found, expected = run.weights(), straight.weights()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def test_any_rows_are_read_from_shares(saved):
+    whole = in_shares(saved, "objective", of=3)
+    stored = _Stored(saved, "objective")
+    assert stored.shapes == {name: list(tensor.shape) for name, tensor in whole.items()}
+    name = next(name for name, tensor in whole.items() if len(tensor.shape) and len(tensor) == 32)
+    for start in range(0, 33, 4):
+        for stop in range(start, 33, 3):
+            assert torch.equal(stored.read(name, start, stop), whole[name][start:stop])
+
+
+def test_a_share_that_is_missing_is_told(saved):
+    in_shares(saved, "objective", of=3)
+    middle = saved / "objective-00002-of-00003.safetensors"
+    save_file({}, middle)
+    assert "rows of " in (fault(saved, averaged=True) or "")
+    refused(saved, Run("adamw", averaged=True))
+    middle.unlink()
+    assert fault(saved, averaged=True) == f"{middle.name} is missing"
