@@ -13,7 +13,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -177,8 +182,11 @@ def wants_shares(config: PretrainConfig, accelerator: Accelerator) -> bool:
 
     One process has nothing to share.
     """
-    asked = config.shard_weights or accelerator.distributed_type == DistributedType.FSDP
-    return asked and accelerator.num_processes > 1
+    # On CPUs, Accelerate does not say of itself that it was launched so.
+    launched = accelerator.distributed_type == DistributedType.FSDP or parse_flag_from_env(
+        "ACCELERATE_USE_FSDP"
+    )
+    return (config.shard_weights or launched) and accelerator.num_processes > 1
 
 
 def _shard(model: DualEncoder, mesh: Any) -> None:
@@ -214,8 +222,11 @@ def accelerator_of(config: PretrainConfig) -> Accelerator:
     processes that a launcher started would each train alone.
     """
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.rank_timeout_s))
+    # Running statistics are read by evaluation alone, which sees to them itself; and what a loss
+    # keeps of every sample is the same everywhere, and large.
+    copies = DistributedDataParallelKwargs(broadcast_buffers=False)
     on_cpu = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[waiting])
+    return Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[waiting, copies])
 
 
 @contextmanager

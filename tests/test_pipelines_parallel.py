@@ -299,10 +299,12 @@ def test_what_does_not_go_with_shares_is_refused(tmp_path, changes, message):
         (True, DistributedType.NO, 1, False),
     ],
 )
-def test_shares_are_kept_where_asked_for(tmp_path, asked, kind, processes, expected):
+def test_shares_are_kept_where_asked_for(tmp_path, monkeypatch, asked, kind, processes, expected):
     given = config({"data": str(tmp_path), "out": str(tmp_path / "run"), "shard_weights": asked})
     accelerator = Mock(spec=Accelerator, num_processes=processes, distributed_type=kind)
     assert wants_shares(given, accelerator) is expected
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what the launcher says
+    assert wants_shares(given, accelerator) is (processes > 1)
 
 
 # --- gradients that are not finite ---
