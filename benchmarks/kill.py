@@ -225,8 +225,8 @@ def main() -> None:
     print(
         f"{found['kills']} kills, {found['kills_in_writing']} of them in a checkpoint half "
         f"written: log and weights {equality}; {found['steps_taken_again']} steps taken again; "
-        f"{found['lost_s_per_kill']} s lost per kill, most of it in starting "
-        f"({found['to_first_step_s']} s to the first step)"
+        f"{found['lost_s_per_kill']} s lost per kill (median time to the first step: "
+        f"{found['to_first_step_s']} s)"
     )
     print(json.dumps(found))
 
