@@ -222,9 +222,9 @@ class DualEncoder(nn.Module):
         mask: Bool[Tensor, "batch tokens"],
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
         """Embed a batch of pairs: (pictures, texts)."""
-        # Texts first: their chunks wait for lengths from the device, and for all it was given.
-        text = self.project_text(self.text.pool(ids, mask))
-        return self.project_image(self.image(images).pooled), text
+        return self.project_image(self.image(images).pooled), self.project_text(
+            self.text.pool(ids, mask)
+        )
 
     def logits(
         self, image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"]
