@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from align.checksums import CHECKSUMS, checksum
 from align.folders import UNFINISHED, damage, flush, json_object, whole_folder
 from align.gather import world_size
 
@@ -28,7 +29,8 @@ def save_state(
     """Write what training needs to go on as if it had never stopped; all processes must call it.
 
     Weights, optimiser moments and the averaged weights go to safetensors, the rest to JSON: nothing
-    is pickled. No random state is kept, since randomness is a function of the step.
+    is pickled. No random state is kept, since randomness is a function of the step. A checksum of
+    each file goes to `checksums.json`, see `align.checksums.altered`.
 
     Where the module's weights are shared out over processes (FSDP2), each of them writes its rows
     to files of its own, `objective-00001-of-00004.safetensors` and so on, and nothing is gathered;
@@ -53,6 +55,8 @@ def save_state(
         **({} if average is None else {"average": average.state_dict()}),
     }
     shared_out = any(_is_split(tensor) for tensor in tensors["objective"].values())
+    sums: dict[str, int] = {}
+    beside = folder.with_name(folder.name + UNFINISHED)
 
     with ExitStack() as stack:
 
@@ -61,7 +65,6 @@ def save_state(
                 stack.enter_context(whole_folder(folder))
 
         def write() -> None:
-            beside = folder.with_name(folder.name + UNFINISHED)
             if not beside.is_dir():
                 raise FileNotFoundError(
                     f"{beside} is not to be seen here: processes that share the weights out need "
@@ -69,16 +72,25 @@ def save_state(
                 )
             for kind, state in tensors.items():
                 if shared_out:
-                    _write_share(beside, kind, state)
+                    path = _write_share(beside, kind, state)
+                    sums[path.name] = checksum(path)
                 elif is_first:
                     save_file(_contiguous(state), beside / f"{kind}.safetensors")
             if is_first:
                 numbers = json.dumps(_optimizer_numbers(optimizer))
                 (beside / "optimizer.json").write_text(numbers + "\n")
                 (beside / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+                own = [path for path in beside.iterdir() if not _SHARE.fullmatch(path.name)]
+                sums.update({path.name: checksum(path) for path in own})
+
+        def conclude() -> None:
+            if is_first:
+                (beside / CHECKSUMS).write_text(json.dumps(everywhere, indent=2) + "\n")
 
         _together(begin)
         _together(write)
+        everywhere = _united(sums)
+        _together(conclude)
         _together(stack.close)
 
 
@@ -144,7 +156,8 @@ def checkpoints(folder: Path | str) -> list[Path]:
 def fault(folder: Path | str, *, averaged: bool) -> str | None:
     """Why a checkpoint is not whole, in a line: a file is missing, cut off or no JSON; else None.
 
-    Looks at sizes and heads of files, and not at the numbers in them.
+    Looks at sizes and heads of files, and not at the numbers in them: that is for
+    `align.checksums.altered`, which reads every byte.
 
     Args:
         folder: the checkpoint.
@@ -247,7 +260,7 @@ def _share(folder: Path, kind: str, number: int, of: int) -> Path:
     return folder / f"{kind}-{number + 1:05d}-of-{of:05d}.safetensors"
 
 
-def _write_share(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
+def _write_share(folder: Path, kind: str, tensors: dict[str, Tensor]) -> Path:
     """What this process has to write: its rows of what is split; the first one, all else too."""
     rank = dist.get_rank()
     mine: dict[str, Tensor] = {}
@@ -264,6 +277,7 @@ def _write_share(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
     path = _share(folder, kind, rank, world_size())
     save_file(_contiguous(mine), path, metadata={_ROWS: json.dumps(rows)})
     flush(path)  # by whoever wrote it: on a network's file system nobody else can
+    return path
 
 
 def _is_split(tensor: Any) -> bool:
@@ -333,6 +347,14 @@ def _together(action: Callable[[], None]) -> None:
             raise OSError(failed[0])
     if error is not None:
         raise error
+
+
+def _united(sums: dict[str, int]) -> dict[str, int]:
+    """What all processes know of their files, on every one of them."""
+    ranks = [sums] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(ranks, sums)
+    return {name: one for known in ranks for name, one in known.items()}
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

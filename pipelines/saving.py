@@ -3,7 +3,7 @@
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 
 from align.checkpoint import checkpoints, fault, load_state, save_state
+from align.checksums import altered
 from align.folders import UNFINISHED, flush
 from eval.results import Figure
 from pipelines import run_folder
@@ -155,15 +156,7 @@ def resume(training: Training) -> None:
         ConfigError: none is whole, the processes see different ones, or the data has changed.
         ValueError: it is one of another model.
     """
-    config = training.config
-    place, skipped = newest_whole(config.out, averaged=training.average is not None)
-    ranks = gather_object([place.name if place else "no checkpoint"])
-    if len(set(ranks)) > 1:
-        other = next(rank for rank, name in enumerate(ranks) if name != ranks[0])
-        raise ConfigError(
-            f"{config.out}: process 0 finds {ranks[0]} there, process {other} {ranks[other]}; "
-            "--resume needs a folder that all processes see"
-        )
+    place, skipped = _agreed_place(training)
     if place is None:
         return
     training.notes += [f"{line}; going on from {place.name}" for line in skipped]
@@ -186,15 +179,50 @@ def resume(training: Training) -> None:
     training.cut_captions = progress["data_report"]["cut_captions"]
 
 
-def newest_whole(out: Path, *, averaged: bool) -> tuple[Path | None, list[str]]:
+def _agreed_place(training: Training) -> tuple[Path | None, list[str]]:
+    """As `newest_whole`, of which all bytes were read, and the same on all processes.
+
+    Raises:
+        ConfigError: none is whole, or the processes see different ones.
+    """
+    config, accelerator = training.config, training.accelerator
+    changed: dict[Path, str] = {}
+    while True:
+        place, lines = newest_whole(
+            config.out, averaged=training.average is not None, changed=changed
+        )
+        ranks = gather_object([place.name if place else "no checkpoint"])
+        if len(set(ranks)) > 1:
+            other = next(rank for rank, name in enumerate(ranks) if name != ranks[0])
+            raise ConfigError(
+                f"{config.out}: process 0 finds {ranks[0]} there, process {other} {ranks[other]}; "
+                "--resume needs a folder that all processes see"
+            )
+        if place is None:
+            return None, lines
+        part, parts = accelerator.process_index, accelerator.num_processes
+        wrong = [one for one in gather_object([altered(place, part=part, parts=parts)]) if one]
+        if not wrong:
+            return place, lines
+        changed[place] = wrong[0]
+
+
+def newest_whole(
+    out: Path, *, averaged: bool, changed: Mapping[Path, str] | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a line on each newer one that is damaged.
+
+    Args:
+        out: the run folder.
+        averaged: whether its checkpoints have averaged weights.
+        changed: what is known to be wrong with some, besides what `fault` finds.
 
     Raises:
         ConfigError: there are some, and none is whole.
     """
     lines = []
     for place in reversed(checkpoints(out)):
-        wrong = fault(place, averaged=averaged)
+        wrong = (changed or {}).get(place) or fault(place, averaged=averaged)
         if wrong is None:
             return place, lines
         lines.append(f"{place} is damaged ({wrong})")

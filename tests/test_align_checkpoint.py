@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.checkpoint import _Stored, checkpoints, fault, load_state, save_state
+from align.checksums import altered
 from align.folders import whole_folder
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective, Pairs
@@ -252,6 +253,21 @@ def test_moments_of_another_model_are_refused(saved, tmp_path):
     save_state(tmp_path / "other", **other.parts(), progress={})
     shutil.copy(tmp_path / "other" / "optimizer.safetensors", saved / "optimizer.safetensors")
     refused(saved, Run("adamw", averaged=True))
+
+
+def test_every_file_is_under_a_checksum_and_parts_cover_them(saved):
+    names = sorted(path.name for path in saved.iterdir() if path.name != "checksums.json")
+    assert len(names) == 5
+    assert altered(saved) is None
+    for name in names:
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
+        assert altered(saved) == f"{name}: its bytes have changed since it was written"
+        told = [altered(saved, part=part, parts=3) for part in range(3)]
+        assert sum(one is not None for one in told) == 1
+        (saved / name).write_bytes(whole)
+    (saved / names[0]).unlink()
+    assert altered(saved) == f"{names[0]} is missing"
 
 
 # --- in shares ---
