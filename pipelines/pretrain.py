@@ -5,13 +5,14 @@ the same global batches, the same loss, the same gradients.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from align.bundle import refuse_place
+from align.bundle import refuse_place, refuse_unwritable
 from align.checkpoint import checkpoints
 from pipelines import run_folder
 from pipelines.bundles import bundle_of, save_bundle
@@ -20,7 +21,7 @@ from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import left_out
 from pipelines.learning import format_rows, origins, summary
-from pipelines.parallel import accelerator_of, stopping_with_others
+from pipelines.parallel import accelerator_of, statistics_of_pieces, stopping_with_others
 from pipelines.progress import Observer, StopOnSignal, TrainingLog
 from pipelines.run_page import RunFacts, RunPage
 from pipelines.saving import Saver, resume, telling_full_disks
@@ -54,6 +55,7 @@ def run(config: PretrainConfig) -> int:
             stack.enter_context(run_folder.locked(config.out))
             refuse_to_mix(config)
             refuse_place(bundle_of(config))
+            refuse_unwritable(bundle_of(config))
         with stop.at_once():
             training = build(config, accelerator, start)
             stack.enter_context(training.loader)
@@ -69,7 +71,7 @@ def run(config: PretrainConfig) -> int:
         if finished and validation.wanted and validation.measured_at is None:
             validation.run()  # it was resumed at its very end
         if finished:
-            save_bundle(training, validation.last)
+            write_bundle(training, validation)
         if finished and accelerator.is_main_process:
             done = training.step * config.batch_size
             print(f"{bundle_of(config)}: trained on {done:,} samples", flush=True)
@@ -78,6 +80,22 @@ def run(config: PretrainConfig) -> int:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return code or 0
+
+
+def write_bundle(training: Training, validation: Validation) -> None:
+    """Write the trained model; where its place does not take it, nothing of it is lost.
+
+    Raises:
+        OSError: it could not be written, with what can be done about it.
+    """
+    place, found = bundle_of(training.config), checkpoints(training.config.out)
+    try:
+        save_bundle(training, validation.last)
+    except OSError as error:
+        raise OSError(
+            f"{place}: {error.strerror or error}; the model lies in {found[-1]}: make room and go "
+            "on with --resume, or write it elsewhere with --resume bundle=ELSEWHERE"
+        ) from error
 
 
 def refuse_to_mix(config: PretrainConfig) -> None:
@@ -95,15 +113,32 @@ def refuse_to_mix(config: PretrainConfig) -> None:
             "or choose another out"
         )
     before, now = read_yaml(earlier), config.model_dump(mode="json")
-    changed = [
-        f"{key}: {before.get(key)!r} -> {value!r}"
-        for key, value in now.items()
-        if key not in _MAY_CHANGE and before.get(key) != value
-    ]
-    if changed:
+    fixed = now.keys() - _MAY_CHANGE
+    if changed := list(
+        changes(
+            {key: before.get(key) for key in now if key in fixed},
+            {key: value for key, value in now.items() if key in fixed},
+        )
+    ):
         raise ConfigError(f"{config.out}: the run was started otherwise: {'; '.join(changed)}")
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """What differs between nested values, each by its dotted path.
+
+    >>> list(changes({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "e": 5}}))
+    ['b.c: 2 -> 4', 'b.e: not given -> 5', 'b.d: 3 -> not given']
+    """
+    for key in dict.fromkeys([*now, *before]):
+        old, new = before.get(key, _NOT_GIVEN), now.get(key, _NOT_GIVEN)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{above}{key}.")
+        elif old != new:
+            said = [one if one is _NOT_GIVEN else repr(one) for one in (old, new)]
+            yield f"{above}{key}: {said[0]} -> {said[1]}"
+
+
+_NOT_GIVEN = "not given"
 _MAY_CHANGE = {
     "out",
     "bundle",
@@ -117,8 +152,9 @@ _MAY_CHANGE = {
     "validation",
     "trackers",
     "rank_timeout_s",
-    # How a step is computed, not what: rounding and what dropout draws differ, and a run that ran
-    # out of memory or time can be helped.
+    # How a step is computed, not what: rounding and what dropout draws differ (and, by pieces, the
+    # statistics of batch normalisation), and a run that ran out of memory or time can be helped.
+    "micro_batch_size",
     "compile",
     "gradient_checkpointing",
     "text_chunks",
@@ -137,6 +173,9 @@ def introduction(training: Training) -> list[str]:
             else origins(training.config, training.objective.model)
         )
     lines += [what_learns(training), *training.notes]
+    processes = training.accelerator.num_processes
+    if line := statistics_of_pieces(training.objective, training.config, processes=processes):
+        lines.append(line)
     if training.config.compile:
         lines.append("compiling the towers: the first step with pictures of a new size is slow")
     return lines
@@ -204,6 +243,7 @@ def train(
         batch_size=config.batch_size,
         every=config.log_every,
         observers=observers(training) if writes else (),
+        best=config.validation.best,
     )
     bad_in_a_row = 0
     with log:

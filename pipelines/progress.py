@@ -194,6 +194,7 @@ class TrainingLog:
         batch_size: samples in a step, of all processes.
         every: steps between lines; the last step has one in any case.
         observers: told of every line.
+        best: the figure by which the best checkpoint is chosen; it is shown whatever task it is of.
     """
 
     def __init__(
@@ -206,6 +207,7 @@ class TrainingLog:
         batch_size: int,
         every: int,
         observers: Sequence[Observer] = (),
+        best: str | None = None,
     ) -> None:
         self.path = path
         self.ledger = ledger
@@ -213,10 +215,11 @@ class TrainingLog:
         self.every = every
         self.batch_size = batch_size
         self.observers = observers
+        self.best = best
         self._steps = 0
         self._count = 0
         self._clocks = Ledger()
-        self._since = time.perf_counter()
+        self._since = self._first_ended = time.perf_counter()
         self._bar = tqdm(
             total=steps * batch_size,
             initial=done * batch_size,
@@ -238,8 +241,10 @@ class TrainingLog:
         """Take in a step; returns the line where one is due, for the caller to complete."""
         self._count += 1
         self._steps += 1
+        if self._steps == 1:  # it is slow: everything is used for the first time
+            self._first_ended = time.perf_counter()
         if self._steps == _ENOUGH_TO_TELL and self._bar.disable:
-            seconds = (time.perf_counter() - self._since) / _ENOUGH_TO_TELL
+            seconds = (time.perf_counter() - self._first_ended) / (_ENOUGH_TO_TELL - 1)
             left = seconds * (self.steps - step)
             self.say(f"about {duration(left)} to go at {self.batch_size / seconds:.0f} samples/s")
         self._clocks.add({name: one for name, one in measured.items() if name.endswith("_ms")})
@@ -267,7 +272,8 @@ class TrainingLog:
             return
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
-        shown = {key: _short(value) for key, value in line.items() if key in _SHOWN}
+        names = {*_SHOWN, *_of_tasks(line), self.best}
+        shown = {key: _short(value) for key, value in line.items() if key in names}
         if self._bar.disable:
             self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
         else:
@@ -280,7 +286,9 @@ class TrainingLog:
         """Leave out of the next rate what is not training: saving, validation."""
         started = time.perf_counter()
         yield
-        self._since += time.perf_counter() - started
+        paused = time.perf_counter() - started
+        self._since += paused
+        self._first_ended += paused
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -323,6 +331,16 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def _of_tasks(line: dict[str, Any]) -> list[str]:
+    """The first figure of every task, of those that are called TITLE/FIGURE in a line."""
+    first: dict[str, str] = {}
+    for name in line:
+        title, slash, _ = name.rpartition("/")
+        if slash and f"{name}_low" in line:
+            first.setdefault(title, name)
+    return list(first.values())
 
 
 def _short(value: int | float | None) -> str:

@@ -116,9 +116,8 @@ def refuse_long_schedule(training: Training) -> None:
         parts["cooldown"] = training.share(wanted.cooldown)
     if sum(parts.values()) > steps:
         told = " and ".join(f"{name} {number:,}" for name, number in parts.items())
-        raise ConfigError(
-            f"optimizer.{next(iter(parts))}: {told} steps are more than the run has ({steps:,})"
-        )
+        longer = max(parts, key=parts.__getitem__)
+        raise ConfigError(f"optimizer.{longer}: {told} steps are more than the run has ({steps:,})")
 
 
 def seeds(training: Training) -> list[int]:

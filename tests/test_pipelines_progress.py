@@ -156,6 +156,41 @@ def test_the_budget_of_a_step_adds_up_to_the_step(tmp_path, monkeypatch):
     assert line["mfu"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("every", [1, 20])
+def test_the_time_that_is_left_is_told_of_steps_behind_the_first(
+    every, tmp_path, monkeypatch, capsys
+):
+    now = [0.0]
+    monkeypatch.setattr("pipelines.progress.time.perf_counter", lambda: now[0])
+    with TrainingLog(
+        tmp_path / "metrics.jsonl", ledger=Ledger(), steps=33, done=0, batch_size=10, every=every
+    ) as log:
+        for number, seconds in enumerate([60.0, 2.0, 4.0]):
+            now[0] += seconds
+            if line := log.step(number + 1, {"loss": 1.0}):
+                log.write(line)
+            with log.pause():
+                now[0] += 100.0  # a checkpoint
+    assert "about 90 s to go at 3 samples/s" in capsys.readouterr().out
+
+
+def test_the_first_figure_of_every_task_and_the_best_are_shown(tmp_path, capsys):
+    names = [*("recall", "things/top1", "things/top5", "birds/of prey/top1", "birds/of prey/top5")]
+    line = {f"{name}{end}": 0.5 for name in names for end in ("", "_low", "_high")}
+    with TrainingLog(
+        *(tmp_path / "metrics.jsonl",),
+        ledger=Ledger(),
+        steps=9,
+        done=0,
+        batch_size=10,
+        every=1,
+        best="birds/of prey/top5",
+    ) as log:
+        log.write({"step": 3, "samples": 30, **line, "norm/image": 2.0})
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == ("samples 30  things/top1 0.5  birds/of prey/top1 0.5  birds/of prey/top5 0.5")
+
+
 CLOCKS = {"samples_per_second", "mfu"}
 
 

@@ -137,7 +137,14 @@ def test_a_resumed_run_goes_on_with_the_rate_it_would_have_had(schedule):
     [
         ({"warmup": "61 steps"}, "optimizer.warmup: warmup 61 steps are more than the run has (60"),
         ({"warmup": 9600}, "warmup 600 steps"),
-        ({"schedule": "constant", "warmup": 0.5, "cooldown": "31 steps"}, "30 and cooldown 31"),
+        (
+            {"schedule": "constant", "warmup": 0.5, "cooldown": "31 steps"},
+            "optimizer.cooldown: warmup 30 and cooldown 31",
+        ),
+        (
+            {"schedule": "constant", "warmup": "40 steps", "cooldown": "21 steps"},
+            "optimizer.warmup: warmup 40 and cooldown 21",
+        ),
     ],
 )
 def test_a_warm_up_and_cool_down_longer_than_the_run_are_refused(changes, says):
@@ -205,6 +212,9 @@ def test_a_stage_is_small_pictures_short_texts_or_both(data, tmp_path, monkeypat
 def test_a_stage_that_cannot_be_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match=r"stages\.0: a stage needs an image_size or a context"):
         given_as(stages=[{"until": 0.5}])
+    for end in (0, 1):
+        with pytest.raises(ConfigError, match=r"stages\.0\.until"):
+            given_as(stages=[{"until": end, "image_size": 16}])
     for length in (2, 17):
         wanted = config(
             tiny_pretrain(data, tmp_path / "run", stages=[{"until": 0.5, "context_length": length}])

@@ -23,7 +23,6 @@ from pipelines.schemas.values import (
     NonNegativeInt,
     Place,
     Seed,
-    Share,
     Strict,
     Where,
 )
@@ -165,7 +164,9 @@ class AugmentConfig(Config):
 class StageConfig(Config):
     """A first part of the run on smaller pictures, shorter texts, or both."""
 
-    until: Share = Field(description="Share of the run at which it ends.")
+    until: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="Share of the run at which it ends."
+    )
     image_size: PositiveInt | None = Field(
         default=None, description="Side of the pictures, in pixels; null = model.image_size."
     )
@@ -254,7 +255,8 @@ class PretrainConfig(Config):
     micro_batch_size: PositiveInt | None = Field(
         default=None,
         description="Rows that go through the towers at a time; null = all that a process has.\n"
-        "A second forward pass saves the memory; loss and gradients are those of the whole batch.",
+        "A second forward pass saves the memory; loss and gradients are those of the whole batch,\n"
+        "but for batch normalisation, whose statistics are then those of each piece.",
     )
     samples: Length = Field(
         default=1_000_000,
