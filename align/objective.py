@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from align.gather import gather_labels, gather_rows
 from align.losses.loss import ContrastiveLoss
 from align.model import DualEncoder
 
-_ROWS_AT_A_TIME = 1024
+_SIMILARITIES_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,15 @@ class StepOutput:
     labels: Int[Tensor, " batch"]
 
     def batch_accuracy(self) -> Float[Tensor, ""]:
-        """Share of this process's pictures whose nearest text of this process is right."""
+        """Share of this process's pictures whose nearest text of the global batch is right.
+
+        Every process must ask: texts and labels travel once more.
+        """
+        texts, labels = gather_rows(self.text), gather_labels(self.labels)
+        rows = max(1, _SIMILARITIES_AT_A_TIME // len(texts))
         right = [
-            self.labels[(image @ self.text.T).argmax(dim=1)] == labels
-            for image, labels in zip(
-                self.image.split(_ROWS_AT_A_TIME), self.labels.split(_ROWS_AT_A_TIME), strict=True
-            )
+            labels[(image @ texts.T).argmax(dim=1)] == own
+            for image, own in zip(self.image.split(rows), self.labels.split(rows), strict=True)
         ]
         return torch.cat(right).float().mean()
 

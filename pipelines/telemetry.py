@@ -6,7 +6,7 @@ asked for where a line is due, and nowhere else.
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +231,12 @@ class FlopMeter:
         return 1000 * self._of_size[size] * len(pairs.labels) / self._peak
 
 
+class _NoModules(nullcontext[None]):
+    """In place of the counter's account by module, which trips over views made without a graph."""
+
+    parents = ("Global",)
+
+
 def count_flops(model: DualEncoder, pairs: Pairs) -> float:
     """Model FLOPs of a step on some pairs, forwards and backwards, as `FlopMeter` says.
 
@@ -238,6 +244,7 @@ def count_flops(model: DualEncoder, pairs: Pairs) -> float:
     """
     forward = {"image": 0.0, "image_projection": 0.0, "text_projection": 0.0}
     counter, handles = FlopCounterMode(display=False), []
+    counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
     for name in forward:
 
         def enter(*_: Any, name: str = name) -> None:
@@ -336,7 +343,7 @@ class Trackers:
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=line["step"])
 
-    def end(self) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """Nothing: `Accelerator.end_training` closes trackers."""
 
 

@@ -118,7 +118,9 @@ def test_labels_do_not_depend_on_the_process():
 
 
 def test_a_sample_without_the_field_is_named():
-    with pytest.raises(ConfigError, match="sample 'key1' has no field 'kind'; it has caption, x"):
+    with pytest.raises(
+        ConfigError, match="sample 'key1' has no field 'kind'; it has caption, key, x"
+    ):
         positive_labels(batch(["a", "b"], [{"kind": 1}, {"x": 2}]), "kind")
 
 

@@ -42,7 +42,7 @@ def site(folder) -> Iterator[Site]:
 
 
 # A third of the limit is the time for an answer to begin, which a busy machine may need.
-quick = functools.partial(Reading, timeout_s=3.0, tries=3, wait_s=0.01, block_bytes=BLOCK)
+quick = functools.partial(Reading, timeout_s=6.0, tries=3, wait_s=0.01, block_bytes=BLOCK)
 
 
 def at(site: Site, reading: Reading | None = None) -> Storage:
