@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from align.checksums import CHECKSUMS, checksum
 from align.folders import UNFINISHED, damage, flush, json_object, whole_folder
 from align.gather import world_size
+from align.moments import GROUP, numbers_of, put_numbers, tensors_of
 
 
 def save_state(
@@ -40,18 +41,19 @@ def save_state(
     Args:
         folder: written whole or not at all; where there are shares, one that all processes see.
         module: the objective: model, temperature and all.
-        optimizer: its per-parameter tensors are named after the parameters.
+        optimizer: its per-parameter tensors and numbers are named after the parameters.
         average: the averaged weights, if any.
         progress: JSON values; those of the first process count.
 
     Raises:
         OSError: it could not be written, on every process, whichever of them failed.
+        ValueError: the optimiser keeps what is neither a tensor nor a plain number.
     """
     folder = Path(folder)
     is_first = world_size() == 1 or dist.get_rank() == 0
     tensors = {
         "objective": module.state_dict(),
-        "optimizer": _optimizer_tensors(module, optimizer),
+        "optimizer": tensors_of(module, optimizer),
         **({} if average is None else {"average": average.state_dict()}),
     }
     shared_out = any(_is_split(tensor) for tensor in tensors["objective"].values())
@@ -77,7 +79,7 @@ def save_state(
                 elif is_first:
                     save_file(_contiguous(state), beside / f"{kind}.safetensors")
             if is_first:
-                numbers = json.dumps(_optimizer_numbers(optimizer))
+                numbers = json.dumps(numbers_of(module, optimizer))
                 (beside / "optimizer.json").write_text(numbers + "\n")
                 (beside / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
                 own = [path for path in beside.iterdir() if not _SHARE.fullmatch(path.name)]
@@ -126,9 +128,9 @@ def load_state(
         optimizer.state.clear()
         for key in moments.shapes:
             slot, name = key.split("/", 1)
-            if slot.startswith(_GROUP):
+            if slot.startswith(GROUP):
                 value = moments.read(key)
-                optimizer.param_groups[int(slot.removeprefix(_GROUP))][name] = value
+                optimizer.param_groups[int(slot.removeprefix(GROUP))][name] = value
                 continue
             parameter = names[name]
             if moments.shapes[key] == list(parameter.shape):
@@ -140,8 +142,7 @@ def load_state(
             if slot != "step" or parameter in fused:
                 value = value.to(parameter.device)
             optimizer.state[parameter][slot] = value
-        for group, values in zip(optimizer.param_groups, numbers, strict=True):
-            group.update(values)
+        put_numbers(module, optimizer, numbers)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} is no checkpoint of this model: {damage(error)}") from error
     return progress
@@ -355,36 +356,6 @@ def _united(sums: dict[str, int]) -> dict[str, int]:
     if world_size() > 1:
         dist.all_gather_object(ranks, sums)
     return {name: one for known in ranks for name, one in known.items()}
-
-
-def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{slot}/{name}": torch.as_tensor(value)
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
-        for slot, value in optimizer.state[parameter].items()
-    } | {
-        f"{_GROUP}{number}/{name}": value
-        for number, group in enumerate(optimizer.param_groups)
-        for name, value in group.items()
-        if isinstance(value, Tensor)
-    }
-
-
-_GROUP = "group_"
-"""Some optimisers count their steps in the group: LAMB in a tensor, Adan in a number."""
-
-
-def _optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """The numbers of each group, such as a count of steps."""
-    return [
-        {
-            name: value
-            for name, value in group.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        for group in optimizer.param_groups
-    ]
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

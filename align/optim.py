@@ -56,13 +56,14 @@ def build_optimizer(
     """An optimiser by name: PyTorch's fused AdamW, or any of timm's.
 
     Args:
-        name: `adamw`, or a name of `timm.optim.list_optimizers()`, such as `muon`.
+        name: `adamw`, or a name of `timm.optim.list_optimizers()`, such as `muon`; but `kron` and
+            its variants, and `adahessian`.
         groups: from `parameter_groups`.
         learning_rate: of groups of rate 1.
         options: keyword arguments of the optimiser.
 
     Raises:
-        ValueError: an unknown name or option, or nothing to optimise.
+        ValueError: an unknown name or option, one that cannot be used, or nothing to optimise.
     """
     if not groups:
         raise ValueError("every parameter is frozen: there is nothing to optimise")
@@ -77,7 +78,9 @@ def _build(
     try:
         if name == "adamw":
             return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **options)
-        known = [str(one) for one in list_optimizers()]
+        if name in _REFUSED:
+            raise ValueError(f"optimizer {name} {_REFUSED[name]}; choose another optimizer.name")
+        known = [str(one) for one in list_optimizers() if one not in _REFUSED]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f" (near: {', '.join(near)})" if near else ""
@@ -85,6 +88,16 @@ def _build(
         return create_optimizer_v2(groups, opt=name, lr=learning_rate, **options)
     except TypeError as error:
         raise ValueError(f"optimizer {name} does not take these options: {error}") from error
+
+
+_REFUSED = {
+    **dict.fromkeys(
+        ("kron", "kronc", "kronw"),
+        "draws from a generator that no checkpoint holds, so that no run could go on exactly",
+    ),
+    "adahessian": "needs gradients of gradients, which a step does not have",
+}
+"""Optimisers that timm has and training cannot use."""
 
 
 def cosine_factor(step: int, *, warmup: int, steps: int, floor: float = 0.0) -> float:

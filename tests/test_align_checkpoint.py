@@ -4,11 +4,13 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pairs_corpus import tiny_model
 from safetensors.torch import load_file, save_file
+from timm.optim._optim_factory import list_optimizers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.checkpoint import _Stored, checkpoints, fault, load_state, save_state
@@ -268,6 +270,80 @@ def test_every_file_is_under_a_checksum_and_parts_cover_them(saved):
         (saved / name).write_bytes(whole)
     (saved / names[0]).unlink()
     assert altered(saved) == f"{names[0]} is missing"
+
+
+# --- every optimiser ---
+
+
+class Small:
+    """A module of two layers and its optimiser, on batches that depend on the step alone."""
+
+    def __init__(self, optimizer: str, *, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        groups = parameter_groups(self.module, weight_decay=0.1)
+        self.optimizer = build_optimizer(optimizer, groups, learning_rate=1e-2)
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            self.optimizer.zero_grad()
+            self.module(torch.randn(5, 4)).square().mean().backward()
+            self.optimizer.step()
+
+    def parts(self):
+        return {"module": self.module, "optimizer": self.optimizer, "average": None}
+
+    def kept(self) -> dict[str, Any]:
+        """All that its optimiser keeps, by parameter and slot."""
+        return {
+            f"{slot}/{name}": value
+            for name, parameter in self.module.named_parameters()
+            for slot, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+
+REFUSED = {"adahessian", "kron", "kronc", "kronw"}
+ON_CUDA_ONLY = ("bnb", "fused")
+OPTIMIZERS = [
+    one for one in list_optimizers() if one not in REFUSED and not str(one).startswith(ON_CUDA_ONLY)
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimiser_goes_on_bit_for_bit(tmp_path, optimizer):
+    straight, first, second = Small(optimizer), Small(optimizer), Small(optimizer, seed=1)
+    straight.train(range(5))
+    first.train(range(3))
+    save_state(tmp_path / "state", **first.parts(), progress={})
+    load_state(tmp_path / "state", **second.parts())
+    before, after = first.kept(), second.kept()
+    assert {key: type(one) for key, one in after.items()} == {
+        key: type(one) for key, one in before.items()
+    }
+    second.train(range(3, 5))
+    for name, expected in straight.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], expected), name
+    for key, expected in straight.kept().items():
+        found = second.kept()[key]
+        same = torch.equal(found, expected) if torch.is_tensor(found) else found == expected
+        assert same, key
+
+
+@pytest.mark.parametrize("optimizer", sorted(REFUSED))
+def test_an_optimiser_that_could_not_go_on_is_refused_before_the_first_step(optimizer):
+    with pytest.raises(ValueError, match=rf"optimizer {optimizer} .* choose another") as caught:
+        Small(optimizer)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_cannot_be_saved_is_told(tmp_path):
+    run = Small("sgd")
+    weight = run.optimizer.param_groups[0]["params"][0]
+    run.optimizer.state[weight]["rows"] = [torch.ones(2)]
+    with pytest.raises(ValueError, match=r"SGD keeps a list as rows of 0\.weight"):
+        save_state(tmp_path / "state", **run.parts(), progress={})
+    assert not (tmp_path / "state").exists()
 
 
 # --- in shares ---
