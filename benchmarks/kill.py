@@ -3,7 +3,8 @@
 Trains once undisturbed, then again as `align pretrain --resume` that is killed over and over, half
 of the times while a checkpoint is being written and half at random moments: while loading, in a
 step, between two. Says whether the two runs are equal to the bit, in every logged number and every
-weight, and what a kill cost in seconds. The last line is JSON.
+weight, and what a kill cost in seconds. The last line is JSON; the exit code is 1 where the runs
+differ, or where fewer kills came than were asked for.
 
 The run: the emoji of the demo at 64 x 64 pixels, a small ResNet and a two-layer BERT with dropout,
 an average of the weights, two loader workers, one compute thread.
@@ -229,6 +230,8 @@ def main() -> None:
         f"{found['to_first_step_s']} s)"
     )
     print(json.dumps(found))
+    if not found["bit_equal"] or found["kills"] < given.kills:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ both.
 The error of the loss is relative; that of the gradients is `|g - reference| / |reference|` over
 each parameter, the worst of all parameters, temperature and bias included. (A gradient that is
 zero by the formula, such as that of a bias that a softmax takes out, is set against the length of
-all gradients.) The last line is JSON.
+all gradients.) The last line is JSON; the exit code is 1 where an error is above 1e-6.
 """
 
 import argparse
 import copy
 import json
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +50,8 @@ LOSSES = {
 }
 """Of each row of the table: the loss, and whether rows share their concept with others."""
 
+SAME = 1e-6
+"""What an error may be for the command to succeed."""
 _ZERO = 1e-12
 """Of the length of all gradients: below it, one is rounding alone."""
 _WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "dark"]
@@ -262,6 +265,8 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(json.dumps(last))
+    if max(last["worst_loss_error"], last["worst_gradient_error"]) > SAME:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from align.gather import world_size
-from align.losses import InfoNCE, Sigmoid, tiles
+from align.losses import LOSSES, InfoNCE, Sigmoid, build_loss, tiles
 from align.losses.loss import ContrastiveLoss
 from align.model import DualEncoder
 from align.objective import ContrastiveObjective, Pairs
@@ -299,3 +299,12 @@ def test_two_processes_with_texts_of_other_lengths_give_the_gradient_of_one(tmp_
             assert parameter.grad is not None
             assert parameter.grad.abs().max() > 1e-4 or name.endswith("key.bias"), name
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_rows_that_do_not_belong_together_are_refused(name):
+    loss = build_loss(name, samples=8)
+    with pytest.raises(ValueError, match=r"as many images as texts.*\[8, 4\] and \[6, 4\]"):
+        loss.refuse_uneven(torch.zeros(8, 4), torch.zeros(6, 4), None)
+    with pytest.raises(ValueError, match=r"a label for each of 8 rows; got \[5\]"):
+        loss.refuse_uneven(torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(5))

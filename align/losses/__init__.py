@@ -34,15 +34,31 @@ def loss_class(name: str) -> "type[ContrastiveLoss]":
     """The class behind a loss's name, or behind `package.module:Name`.
 
     Raises:
-        ValueError: no such loss; the known ones are listed.
+        ValueError: no such loss; the known ones are listed. Or what is named cannot be imported,
+            or is no loss.
     """
-    try:
-        return resolve_name(LOSSES[name] if ":" not in name else name)
-    except (KeyError, ImportError, AttributeError) as error:
-        known = ", ".join(LOSSES)
+    if name not in LOSSES and ":" not in name:
         raise ValueError(
-            f"unknown loss {name!r}; known: {known}, or package.module:Name"
+            f"unknown loss {name!r}; known: {', '.join(LOSSES)}, or package.module:Name"
+        )
+    path = LOSSES.get(name, name)
+    module, _, inside = path.partition(":")
+    try:
+        found = resolve_name(path)
+    except AttributeError as error:
+        raise ValueError(f"loss {name!r}: module {module} has no {inside}") from error
+    except Exception as error:  # a module of somebody else's may fail in any way
+        raise ValueError(
+            f"loss {name!r}: module {module} cannot be imported: {str(error) or repr(error)}"
         ) from error
+    from align.losses.loss import ContrastiveLoss
+
+    if not (isinstance(found, type) and issubclass(found, ContrastiveLoss)):
+        raise ValueError(
+            f"loss {name!r} must be a subclass of align.losses.loss.ContrastiveLoss, and is "
+            f"{found!r}"
+        )
+    return found
 
 
 def build_loss(name: str, *, samples: int = 0, **options: Any) -> "ContrastiveLoss":
@@ -57,10 +73,25 @@ def build_loss(name: str, *, samples: int = 0, **options: Any) -> "ContrastiveLo
         ValueError: an unknown name or option, or a senseless value.
     """
     kind = loss_class(name)
-    known = [key for key in signature(kind).parameters if key != "samples"]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"loss {name} has no option {key!r}; known: {', '.join(known)}")
+    parameters = {k: one for k, one in signature(kind).parameters.items() if k != "samples"}
+    for key, value in options.items():
+        if key not in parameters:
+            raise ValueError(f"loss {name} has no option {key!r}; known: {', '.join(parameters)}")
+        wanted = parameters[key].annotation
+        simple = _SIMPLE.get(getattr(wanted, "__name__", wanted))
+        if simple and (
+            not isinstance(value, simple[0]) or isinstance(value, bool) is not (simple[0] is bool)
+        ):
+            raise ValueError(f"{key} of loss {name} must be {simple[1]}, not {value!r}")
     if kind.keeps_samples:
         options["samples"] = samples
     return kind(**options)
+
+
+_SIMPLE: dict[Any, tuple[Any, str]] = {
+    "float": ((int, float), "a number"),
+    "int": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+}
+"""What may be given where a loss wants a number, and so on, by the name of the annotation."""

@@ -133,6 +133,7 @@ class GlobalContrastive(ContrastiveLoss):
         Raises:
             ValueError: in training, without the samples' ids.
         """
+        self.refuse_uneven(image, text, labels)
         with torch.autocast(image.device.type, enabled=False):
             exact = torch.promote_types(image.dtype, torch.float32)
             image, text = image.to(exact), text.to(exact)

@@ -76,6 +76,7 @@ class InfoNCE(ContrastiveLoss):
     ) -> Float[Tensor, ""]:
         """The loss of the global batch, in nats; see `ContrastiveLoss.forward`."""
         del samples
+        self.refuse_uneven(image, text, labels)
         with torch.autocast(image.device.type, enabled=False):
             image, text = in_full_precision(image, text)
             return _InfoNCE.apply(  # pyright: ignore[reportReturnType]

@@ -50,6 +50,23 @@ class ContrastiveLoss(nn.Module, ABC):
             self.logit_scale.clamp_(max=self.max_logit_scale)
         return self.logit_scale.exp()
 
+    def refuse_uneven(self, image: Tensor, text: Tensor, labels: Tensor | None) -> None:
+        """See that there are as many images as texts and labels.
+
+        Raises:
+            ValueError: there are not, or their widths differ.
+        """
+        if image.ndim != 2 or image.shape != text.shape:
+            raise ValueError(
+                f"{type(self).__name__} needs as many images as texts, of one width; got "
+                f"{list(image.shape)} and {list(text.shape)}"
+            )
+        if labels is not None and labels.shape != image.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__} needs a label for each of {len(image)} rows; got "
+                f"{list(labels.shape)}"
+            )
+
     @abstractmethod
     def forward(
         self,
@@ -65,6 +82,9 @@ class ContrastiveLoss(nn.Module, ABC):
             text: unit-length rows of this process.
             labels: rows of equal label are right for each other; None = row i for row i alone.
             samples: ids of the samples, for a loss that keeps something of each.
+
+        Raises:
+            ValueError: their numbers of rows differ.
         """
 
     def commit(self) -> None:

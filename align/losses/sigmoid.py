@@ -68,6 +68,7 @@ class Sigmoid(ContrastiveLoss):
         """The loss of the global batch, in nats; see `ContrastiveLoss.forward`."""
         del samples
         assert self.logit_bias is not None
+        self.refuse_uneven(image, text, labels)
         with torch.autocast(image.device.type, enabled=False):
             image, text = in_full_precision(image, text)
             return _Sigmoid.apply(  # pyright: ignore[reportReturnType]
