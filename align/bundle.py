@@ -96,6 +96,22 @@ def refuse_place(folder: Path) -> None:
         raise ValueError(f"{folder} is there and is no bundle: choose another place for one")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """See by trying whether a bundle can be written there; nothing of the trial stays.
+
+    Raises:
+        ValueError: the nearest folder above it that is there cannot be written to, or is a file.
+    """
+    above = next(one for one in folder.absolute().parents if os.path.lexists(one))
+    try:
+        tempfile.TemporaryDirectory(prefix=".writing-", dir=above).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: no bundle can be written there: {above}: {error.strerror}; choose another "
+            "place for it"
+        ) from error
+
+
 def load(path: Path | str) -> DualEncoder:
     """Load a bundle from a folder, or from the Hugging Face hub by its id, ready to encode.
 

@@ -32,10 +32,12 @@ from pipelines.checkup.memory import Memory, check_memory, free_memory, resident
 from pipelines.checkup.report import CheckUp, Mark, several
 from pipelines.checkup.speed import measure
 from pipelines.config import ConfigError
+from pipelines.parallel import refuse_unfit_for_shares, statistics_of_pieces
 from pipelines.pretrain import resume
 from pipelines.schemas import DoctorConfig, PretrainConfig
 from pipelines.starting import Start, starting
 from pipelines.step import refuse_long_schedule
+from pipelines.telemetry import refuse_missing_trackers
 from pipelines.training import (
     Training,
     assemble,
@@ -68,6 +70,11 @@ def run(config: DoctorConfig) -> int:
         wanted, start = starting(wanted)
     can_start = wanted.start_from is None or start is not None
     visit = _Visit(config, wanted, accelerator, check, resident(), start)
+    with check.trying("trackers"):
+        refuse_missing_trackers(wanted)
+    with check.trying("shares"):
+        if wanted.shard_weights and config.processes > 1:
+            refuse_unfit_for_shares(wanted)
     check_out(check, wanted)
     data = visit.data()
     if data is not None and can_start:
@@ -161,6 +168,10 @@ class _Visit:
             with check.trying("schedule"):
                 refuse_long_schedule(training)
             check_weights(check, training)
+            processes = self.config.processes
+            if line := statistics_of_pieces(training.objective, wanted, processes=processes):
+                found, _, advice = line.removeprefix("note: ").partition("; ")
+                check.note("pieces", found, advice)
             if wanted.validation.tasks or wanted.validation.best:
                 with check.trying("validation"):
                     Validation(training)

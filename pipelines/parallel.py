@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
@@ -144,6 +145,21 @@ def spread(
             for tower in (model.image, model.text):
                 tower.compile()
         return Copies(objective, accelerator)
+    refuse_unfit_for_shares(config)
+    if config.compile:  # each block by itself, since weights are gathered between them
+        for block in model.image.blocks():
+            block.compile()
+        for block in model.text.blocks():
+            block.compile(dynamic=True)
+    return Shares(objective, average, accelerator.device.type)
+
+
+def refuse_unfit_for_shares(config: PretrainConfig) -> None:
+    """See whether all that was asked for goes with shares of the weights.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if config.optimizer.name not in SHARDED_OPTIMIZERS:
         raise ConfigError(
             f"shard_weights: optimizer.name {config.optimizer.name} does not work on shares of "
@@ -151,12 +167,6 @@ def spread(
         )
     if config.precision == "fp16":
         raise ConfigError("shard_weights: precision fp16 does not go with it; take bf16 or fp32")
-    if config.compile:  # each block by itself, since weights are gathered between them
-        for block in model.image.blocks():
-            block.compile()
-        for block in model.text.blocks():
-            block.compile(dynamic=True)
-    return Shares(objective, average, accelerator.device.type)
 
 
 def running_average(
@@ -264,7 +274,7 @@ def share_statistics(
 
     PyTorch shares the statistics on GPUs only; elsewhere a line says what that means.
     """
-    has = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules())
+    has = any(isinstance(part, _BatchNorm) for part in objective.modules())
     if accelerator.num_processes == 1 or not has:
         return objective
     if accelerator.device.type == "cuda":
@@ -275,6 +285,22 @@ def share_statistics(
         "own rows on this device: results depend a little on the number of processes"
     )
     return objective
+
+
+def statistics_of_pieces(
+    objective: ContrastiveObjective, config: PretrainConfig, *, processes: int
+) -> str:
+    """A line where batch normalisation that learns sees only pieces of the batch, else nothing."""
+    micro, local = config.micro_batch_size, config.batch_size // processes
+    objective.train()  # what is frozen stays in evaluation, where statistics are fixed
+    has = any(isinstance(part, _BatchNorm) and part.training for part in objective.modules())
+    if micro is None or micro >= local or not has:
+        return ""
+    return (
+        "note: the towers have batch normalisation, whose statistics are those of each piece of "
+        f"{micro} rows: micro_batch_size changes what is learnt; gradient_checkpointing saves "
+        "memory without that"
+    )
 
 
 def over_ranks(accelerator: Accelerator, metrics: dict[str, Tensor]) -> dict[str, float]:

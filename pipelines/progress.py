@@ -174,8 +174,8 @@ class Observer(Protocol):
     def line(self, line: dict[str, Any]) -> None:
         """A line was written."""
 
-    def end(self) -> None:
-        """No line follows."""
+    def end(self, error: BaseException | None = None) -> None:
+        """No line follows; an error is what ended the run."""
 
 
 class TrainingLog:
@@ -232,10 +232,10 @@ class TrainingLog:
     def __enter__(self) -> "TrainingLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._bar.close()
         for observer in self.observers:
-            observer.end()
+            observer.end(error)
 
     def step(self, step: int, measured: dict[str, float]) -> dict[str, Any] | None:
         """Take in a step; returns the line where one is due, for the caller to complete."""

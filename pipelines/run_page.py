@@ -9,6 +9,7 @@ from typing import Any
 from eval.report import Number, Page, Tile
 from eval.results import Figure
 from pipelines import run_folder
+from pipelines.checkup.report import one_line
 from pipelines.progress import duration
 from pipelines.run_figures import Columns, grouped, in_words, is_rank
 from pipelines.schemas import PretrainConfig
@@ -72,6 +73,7 @@ class RunPage:
         self._last: dict[str, Any] = {}
         self._next = 0.0
         self._told = False
+        self._failure = ""
         for line in run_folder.read_metrics(metrics):
             self._take(line)
 
@@ -81,8 +83,10 @@ class RunPage:
         if time.monotonic() >= self._next:
             self._write(ended=False)
 
-    def end(self) -> None:
-        """Write the page as it stays."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Write the page as it stays, with what ended the run where that was an error."""
+        if isinstance(error, Exception):  # no Ctrl+C
+            self._failure = one_line(error)
         self._write(ended=True)
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -131,6 +135,11 @@ class RunPage:
         written = f"{datetime.now(UTC):%Y‑%m‑%d %H:%M:%S} UTC"
         if going:
             return f"It was running at {written}; this page renews itself."
+        if self._failure:
+            return (
+                f"It failed after step {self._step:,} of {self._facts.steps:,}, at {written}: "
+                f"{self._failure}"
+            )
         if self._step < self._facts.steps:
             return f"It stopped at step {self._step:,} of {self._facts.steps:,}, at {written}."
         return f"It ended at {written}."

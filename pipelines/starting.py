@@ -1,6 +1,7 @@
 """A run that goes on from a bundle with all of its weights, instead of building a model anew."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +94,8 @@ def starting(config: PretrainConfig) -> tuple[PretrainConfig, Start | None]:
         return kept
     place = config.start_from
     model, origin = _read(place)
-    _refuse_others(config, _described(model), model.tokenizer.clean)
+    temperature = (-model.logit_scale).exp().flatten()[0].item()
+    _refuse_others(config, _described(model), model.tokenizer.clean, temperature)
     wanted = replace(
         self_contained(model),
         image_size=_given(config.model, "image_size", model.config.image_size),
@@ -113,7 +115,7 @@ def _kept(config: PretrainConfig) -> tuple[PretrainConfig, Start] | None:
     if earlier.get("start_from") != config.start_from:
         return None
     clean = earlier["tokenizer"]["clean"]
-    _refuse_others(config, earlier["model"], clean)
+    _refuse_others(config, earlier["model"], clean, earlier["loss"]["temperature"])
     sizes = {
         key: _given(config.model, key, earlier["model"][key])
         for key in ("image_size", "context_length")
@@ -171,11 +173,14 @@ def _refuse_misfits(place: str, wanted: DualEncoderConfig, tokenizer: Tokenizer)
         raise ConfigError(f"start_from: {place}: {error}") from error
 
 
-def _refuse_others(config: PretrainConfig, found: Mapping[str, Any], clean: str) -> None:
-    """A model or a tokenizer that was given beside the bundle must be the bundle's.
+def _refuse_others(
+    config: PretrainConfig, found: Mapping[str, Any], clean: str, temperature: float
+) -> None:
+    """A model, tokenizer or temperature that was given beside the bundle must be the bundle's.
 
     Of options it is enough that the bundle's have them; the sizes of pictures and texts may be
-    others, where the towers take them.
+    others, where the towers take them. The default temperature is that of a run that named none,
+    as its config.yaml has it.
 
     Raises:
         ConfigError: a line for each key that was given otherwise.
@@ -186,11 +191,17 @@ def _refuse_others(config: PretrainConfig, found: Mapping[str, Any], clean: str)
         given.append(("tokenizer.name", tokenizer.name, "its own"))
     if tokenizer.clean not in (None, clean):
         given.append(("tokenizer.clean", tokenizer.clean, clean))
+    asked = config.loss.temperature
+    known = (type(config.loss)().temperature, temperature)
+    if "temperature" in config.loss.model_fields_set and not any(
+        math.isclose(asked, one, rel_tol=_AS_TOLD) for one in known
+    ):
+        given.append(("loss.temperature", asked, float(f"{temperature:.4g}")))
     if given:
         raise ConfigError(
             "\n".join(
                 f"{key}: {value!r} was given, and {config.start_from} has {own!r}; leave it out: "
-                "start_from brings model and tokenizer"
+                "start_from brings model, tokenizer and temperature"
                 for key, value, own in given
             )
         )
@@ -214,6 +225,8 @@ def _given_otherwise(
 
 
 _NOTHING = object()
+_AS_TOLD = 1e-3
+"""A temperature is told with four digits."""
 
 
 def _given(config: ModelConfig | ImageTowerConfig | TextTowerConfig, key: str, other: Any) -> Any:

@@ -20,7 +20,7 @@ from http_server import serving
 from pairs_corpus import TINY_VIT, encoded, picture, tiny_pretrain, write_pairs
 from shards_corpus import write_tar
 
-from pipelines import cli, doctor, pretrain
+from pipelines import cli, doctor, pretrain, telemetry
 from pipelines.checkup import fit, speed
 from pipelines.checkup.data import look, sampled
 from pipelines.checkup.forecast import Machine, pace_of
@@ -402,6 +402,36 @@ def test_sizes_and_options_that_are_refused(data, tmp_path, examine):
     assert {one["what"] for one in both.problems} == {"augment", "model"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "what", "says"),
+    [
+        ({"trackers": ["wandb"]}, "trackers", "wandb needs a package"),
+        ({"shard_weights": True, "optimizer": {"name": "muon"}}, "shares", "muon does not work"),
+        ({"shard_weights": True, "precision": "fp16"}, "shares", "fp16 does not go with it"),
+        ({"optimizer": {"warmup": "99 epochs"}}, "schedule", r"warmup 297 steps are more"),
+        ({"validation": {"best": "top9"}}, "validation", "no figure 'top9' is measured"),
+        ({"bundle": "{file}/bundle"}, "bundle", "file cannot be written to"),
+        ({"bundle": "{file}"}, "bundle", "file is there and is no bundle"),
+    ],
+)
+def test_what_a_run_refuses_at_once_would_fail(
+    changes, what, says, data, tmp_path, examine, monkeypatch
+):
+    monkeypatch.setattr(telemetry, "find_spec", lambda _: None)
+    (tmp_path / "file").write_text("mine")
+    if "bundle" in changes:
+        changes = {"bundle": changes["bundle"].format(file=tmp_path / "file")}
+    result = examine(data, tmp_path / "run", processes=2, **changes)
+    assert result.code == doctor.WOULD_FAIL
+    assert says in result.problems[0]["found"]
+    assert [one["what"] for one in result.problems] == [what]
+
+
+def test_one_process_shares_nothing(data, tmp_path, examine):
+    result = examine(data, tmp_path / "run", shard_weights=True, optimizer={"name": "muon"})
+    assert result.code == 0, result.problems
+
+
 @pytest.fixture(scope="module")
 def begun(data, tmp_path_factory) -> Path:
     """A run that got as far as two checkpoints."""
@@ -522,6 +552,14 @@ def test_pieces_that_do_not_fit_the_processes(data, tmp_path, examine):
     assert "pieces" not in examine(data, tmp_path / "run", processes=2, micro_batch_size=8).found
 
 
+def test_batch_normalisation_in_pieces_is_told(data, tmp_path, examine):
+    note = only(examine(data, tmp_path / "run", processes=2, micro_batch_size=4), "pieces")
+    assert note["mark"] == "note"
+    assert "batch normalisation" in note["found"]
+    assert "each piece of 4 rows" in note["found"]
+    assert "gradient_checkpointing" in note["advice"]
+
+
 def test_shares_of_the_weights_are_counted_as_such(data, tmp_path, examine, monkeypatch):
     held: list[Weights] = []
     monkeypatch.setattr(doctor, "check_memory", lambda _, memory, **__: held.append(memory.weights))
@@ -541,6 +579,22 @@ def test_a_step_without_finite_gradients(data, tmp_path, examine, monkeypatch):
     monkeypatch.setattr(speed, "step", without)
     result = examine(data, tmp_path / "run", timed=True)
     assert "no finite gradient" in only(result, "step")["found"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "code"), [(4.0, 1.0, 0), (4.0, np.nan, 3), (1.0, 1.0, 3)]
+)
+def test_a_scale_of_fp16_that_can_fall_is_no_problem(
+    scale, loss, code, data, tmp_path, examine, monkeypatch
+):
+    def overflows(training, batch):
+        measured = {**pretrain.step(training, batch), "finite": 0.0, "loss": loss}
+        monkeypatch.setattr(training.scaler, "get_scale", lambda: scale)
+        return measured
+
+    monkeypatch.setattr(speed, "step", overflows)
+    result = examine(data, tmp_path / "run", timed=True, precision="fp16")
+    assert result.code == code, result.problems
 
 
 def test_a_step_that_fails_is_a_line(data, tmp_path, examine, monkeypatch):

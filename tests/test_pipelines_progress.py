@@ -78,12 +78,14 @@ class Heard:
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
         self.ended = 0
+        self.error: BaseException | None = None
 
     def line(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
 
-    def end(self) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         self.ended += 1
+        self.error = error
 
 
 def logged(path: Path, steps: list[dict[str, float]], *, every: int) -> tuple[Heard, Ledger]:

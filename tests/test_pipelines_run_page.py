@@ -15,6 +15,7 @@ from eval.report_charts import line_chart
 from eval.report_shares import shares_bar
 from pipelines import pretrain, run_page
 from pipelines.config import build
+from pipelines.progress import Ledger, TrainingLog
 from pipelines.run_figures import in_words
 from pipelines.run_page import RunFacts, RunPage, short
 from pipelines.schemas import PretrainConfig
@@ -96,6 +97,37 @@ def test_a_page_of_a_run_that_ended_or_stopped_stays_as_it_is(tmp_path):
         assert state in words(html)
         assert "refresh" not in html
         assert "Time left" not in html
+
+
+@pytest.mark.parametrize("steps", [(50,), (50, 100)])
+def test_a_page_says_what_error_ended_the_run(steps, tmp_path):
+    one = RunPage(facts(tmp_path), tmp_path / "metrics.jsonl", tmp_path / "report.html")
+    ledger = Ledger()
+    log = TrainingLog(
+        *(tmp_path / "metrics.jsonl",),
+        **{"ledger": ledger, "steps": STEPS, "done": 0, "batch_size": 16, "every": 1},
+        observers=[one],
+    )
+
+    def run() -> None:
+        with log:
+            for step in steps:
+                one.line(step_line(step))
+            raise ValueError("no finite gradient in <5> steps\nmore")
+
+    with pytest.raises(ValueError, match="no finite"):
+        run()
+    said = words(one.path.read_text())
+    assert f"It failed after step {steps[-1]} of 100, at " in said
+    assert "no finite gradient in &lt;5&gt; steps" in said
+    assert "It ended" not in said
+
+
+def test_a_run_that_was_interrupted_has_not_failed(tmp_path):
+    one = RunPage(facts(tmp_path), tmp_path / "metrics.jsonl", tmp_path / "report.html")
+    one.line(step_line(50))
+    one.end(KeyboardInterrupt())
+    assert "It stopped at step 50 of 100" in words(one.path.read_text())
 
 
 def test_every_figure_has_its_curve(tmp_path):

@@ -78,10 +78,10 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def second(data, bundle, tmp_path_factory) -> Path:
-    """A run from it that hardly moves, with a temperature that is not asked for."""
+    """A run from it that hardly moves."""
     out = tmp_path_factory.mktemp("second") / "run"
     values = going_on(data, out, bundle, samples=96, batch_size=48, save_every=48)
-    values |= {"augment": {"enabled": False}, "loss": {"temperature": 0.9}}
+    values |= {"augment": {"enabled": False}}
     values["optimizer"] = {"learning_rate": 1e-9, "weight_decay": 0.0}
     assert pretrain.run(config(values)) == 0
     return out
@@ -204,6 +204,24 @@ def test_a_wrong_place_is_one_line_and_no_run(place, says, data, first, tmp_path
         pretrain.run(config(going_on(data, tmp_path / "run", place)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_temperature_is_refused_but_that_of_a_run_that_named_none_is_not(bundle):
+    def asked(**loss: float) -> PretrainConfig:
+        return config({**going_on(Path("data"), Path("run"), bundle), "loss": loss})
+
+    own = 1 / align.load(bundle).logit_scale.exp().item()
+    for loss in ({}, {"temperature": 0.07}, {"temperature": float(f"{own:.4g}")}):
+        starting.starting(asked(**loss))
+    with pytest.raises(ConfigError, match=r"^loss\.temperature: 0\.9 was given, and .* leave it"):
+        starting.starting(asked(temperature=0.9))
+
+
+def test_the_temperature_of_a_preset_was_not_given(bundle):
+    with_preset = {**going_on(Path("data"), Path("run"), bundle), "preset": "siglip-b-16"}
+    assert config(with_preset).loss.temperature == 0.07
+    del with_preset["start_from"]
+    assert config(with_preset).loss.temperature == 0.1
 
 
 # --- what learns, from which temperature ---

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from align.bundle import refuse_place
 from align.checkpoint import checkpoints
 from pipelines.checkup.memory import Weights
 from pipelines.checkup.report import CheckUp, several, size
@@ -85,6 +86,11 @@ def check_out(check: CheckUp, config: PretrainConfig) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         check.problem("out", f"{parent} cannot be written to", "choose another out")
         return
+    with check.trying("bundle"):
+        refuse_place(bundle_of(config))
+        above = _there(bundle_of(config).absolute().parent)
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            check.problem("bundle", f"{above} cannot be written to", "choose another bundle")
     found = checkpoints(out)
     if not found:
         check.ok("out", f"{out} is free")
@@ -96,6 +102,11 @@ def check_out(check: CheckUp, config: PretrainConfig) -> None:
         return
     text = f"{out} holds this run up to {found[-1].name}"
     check.judge(config.resume, "out", text, "add --resume to go on with it, or choose another out")
+
+
+def _there(path: Path) -> Path:
+    """The nearest above that is there, a folder or not."""
+    return next(one for one in (path, *path.parents) if os.path.lexists(one))
 
 
 def _existing(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """How fast each stage of a run is on its own data and model, and what that means for the whole."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Rates:
         stages: The rest, stage by stage.
         batch: Samples of the step that was measured.
         activations: Bytes that a step of the run's batch holds at the largest pictures.
-        finite: Whether the first step had a loss and gradients that are numbers.
+        finite: Whether gradients were numbers, or a lower scale of the loss (fp16) may mend them.
         one_thread: How many times as fast a step is with one thread instead of all.
     """
 
@@ -330,7 +331,8 @@ class _Steps:
             if training.accelerator.device.type == "cuda":
                 torch.cuda.synchronize(training.accelerator.device)
             taken = time.perf_counter() - began
-        self.finite = self.finite and bool(measured["finite"])
+        mended = training.scale_can_fall and math.isfinite(measured["loss"])
+        self.finite = self.finite and (bool(measured["finite"]) or mended)
         return _Timed(size, taken, taken - measured["optimizer_ms"] / 1000, peak.bytes)
 
     def _held(self, stage: Stage, size: int) -> int:

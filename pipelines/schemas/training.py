@@ -312,7 +312,10 @@ class PretrainConfig(Config):
         """What was given, over the preset that it names; what comes of it names none."""
         if not isinstance(values, dict) or values.get("preset") not in presets():
             return values
-        return laid_under(preset(values["preset"]), {**values, "preset": None})
+        base = preset(values["preset"])
+        if values.get("start_from") is not None:  # which brings a temperature
+            base.get("loss", {}).pop("temperature", None)
+        return laid_under(base, {**values, "preset": None})
 
     @field_validator("preset")
     @classmethod
