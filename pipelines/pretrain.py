@@ -93,8 +93,8 @@ def write_bundle(training: Training, validation: Validation) -> None:
         save_bundle(training, validation.last)
     except OSError as error:
         raise OSError(
-            f"{place}: {error.strerror or error}; the model lies in {found[-1]}: make room and go "
-            "on with --resume, or write it elsewhere with --resume bundle=ELSEWHERE"
+            f"{place}: {error.strerror or error}; the model lies in {found[-1]}: the same command "
+            "with --resume writes it, with --resume bundle=ELSEWHERE to another place"
         ) from error
 
 

@@ -271,6 +271,25 @@ def test_a_gradient_is_cut_as_pytorch_cuts_it():
             assert torch.equal(mine.grad, other.grad)
 
 
+# --- what pieces change ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, False),
+        ({"micro_batch_size": 16}, False),
+        ({"micro_batch_size": 4}, True),
+        ({"micro_batch_size": 4, "model__image__trainable": 0}, False),  # fixed statistics
+        ({"micro_batch_size": 4, **TOWERS}, False),
+    ],
+)
+def test_a_run_tells_of_batch_normalisation_in_pieces(data, tmp_path, changes, told):
+    given = config(tiny_pretrain(data, tmp_path / "run", **changes))
+    said = pretrain.introduction(training.build(given, Accelerator(cpu=True)))
+    assert any("each piece of 4 rows" in line for line in said) is told
+
+
 # --- what does not go with shares ---
 
 

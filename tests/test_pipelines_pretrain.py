@@ -1,5 +1,6 @@
 """Training: the same run twice, stopped and gone on with, spread over processes; and bad input."""
 
+import errno
 import json
 import os
 import shutil
@@ -350,20 +351,64 @@ def cli_call(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("changes", "told"),
     [
-        ("seed", 5),
-        ("batch_size", 8),
-        ("samples", 384),
-        ("lanes", 8),
-        ("optimizer", {"learning_rate": 1e-3, "average": 0.5}),
-        ("captions", ["a {caption}"]),
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"batch_size": 8}, "batch_size: 16 -> 8"),
+        ({"samples": 384}, "samples: 192 -> 384"),
+        ({"lanes": 8}, "lanes: 4 -> 8"),
+        ({"captions": ["a {caption}"]}, "captions: ['{caption}'] -> ['a {caption}']"),
+        (
+            {"model__dim": 32, "optimizer__learning_rate": 0.1, "keep": 9},
+            "model.dim: 16 -> 32; optimizer.learning_rate: 0.002 -> 0.1",
+        ),
+        (
+            {"optimizer__options": {"betas": [0.9, 0.98], "eps": 1e-6}},
+            "optimizer.options.eps: not given -> 1e-06",
+        ),
     ],
 )
-def test_going_on_with_another_configuration_is_refused_by_key(key, value, finished, data):
-    with pytest.raises(ConfigError, match=rf"the run was started otherwise: {key}: ") as caught:
-        pretrain.run(config(tiny_pretrain(data, finished, resume=True), **{key: value}))
-    one_line(caught)
+def test_going_on_with_another_configuration_is_refused_by_key(changes, told, finished, data):
+    with pytest.raises(ConfigError) as caught:
+        pretrain.run(config(tiny_pretrain(data, finished, resume=True, **changes)))
+    assert one_line(caught) == f"{finished}: the run was started otherwise: {told}"
+
+
+def test_how_many_rows_go_at_a_time_may_change(finished, data):
+    pretrain.refuse_to_mix(config(tiny_pretrain(data, finished, resume=True, micro_batch_size=4)))
+
+
+@pytest.mark.parametrize("place", ["file/bundle", "gone/bundle", "file/deeper/bundle"])
+def test_a_place_that_takes_no_bundle_is_told_before_the_first_step(place, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    values = tiny_pretrain(data, tmp_path / "run", bundle=str(tmp_path / place))
+    with pytest.raises(ValueError, match="no bundle can be written there") as caught:
+        pretrain.run(config(values))
+    assert place in one_line(caught)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_that_could_not_be_written_is_written_elsewhere(
+    finished, data, tmp_path, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere/model.safetensors")
+
+    values = tiny_pretrain(data, finished, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_bundle", full)
+        with pytest.raises(OSError, match="No space left on device; the model lies in ") as caught:
+            pretrain.run(config(values))
+    said = one_line(caught)
+    assert f"{checkpoints(finished)[-1]}: " in said
+    assert "--resume bundle=ELSEWHERE" in said
+    assert pretrain.run(config(values, bundle=str(tmp_path / "elsewhere"))) == 0
+    same = [
+        (one / "model.safetensors").read_bytes()
+        for one in (finished / "bundle", tmp_path / "elsewhere")
+    ]
+    assert same[0] == same[1]
 
 
 def test_going_on_with_other_data_is_refused(finished, tmp_path):
