@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from torch.optim.swa_utils import AveragedModel
 
 from align.draws import NoDraws
-from align.losses import build_loss
 from align.model import DualEncoder, DualEncoderConfig, Tower
 from align.objective import ContrastiveObjective
 from align.optim import build_optimizer, parameter_groups
@@ -22,6 +21,7 @@ from pipelines.captions import CaptionWriter, positive_labels, train_tokenizer
 from pipelines.config import ConfigError
 from pipelines.importing import no_bars
 from pipelines.learning import learning_rules, locked_at_random
+from pipelines.losses import make_loss
 from pipelines.parallel import Spread, running_average, share_statistics, spread
 from pipelines.progress import Ledger
 from pipelines.schemas import ModelConfig, PretrainConfig
@@ -196,13 +196,7 @@ def assemble(
 ) -> Training:
     """The model and its optimiser, together with what feeds them."""
     torch.manual_seed(config.seed)
-    loss = build_loss(
-        config.loss.name,
-        samples=loader.num_samples,
-        temperature=config.loss.temperature,
-        min_temperature=config.loss.min_temperature,
-        **config.loss.options,
-    )
+    loss = make_loss(config.loss, samples=loader.num_samples)
     with NoDraws() if start else nullcontext():
         objective = ContrastiveObjective(make_model(config.model, tokenizer), loss)
     if start:

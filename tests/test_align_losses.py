@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from align.losses import LOSSES, InfoNCE, Sigmoid, build_loss, tiles
 from align.losses.loss import ContrastiveLoss
 from align.model import DualEncoder
 from align.objective import ContrastiveObjective, Pairs
+from pipelines.config import ConfigError
+from pipelines.losses import make_loss
+from pipelines.schemas.optimizer import LossConfig
 
 
 def slow_info_nce(image, text, labels, *, scale: float, smoothing: float) -> float:
@@ -130,6 +134,53 @@ def test_half_precision_rows_are_computed_in_fp32():
 def test_senseless_options_are_refused(options, name):
     with pytest.raises(ValueError, match=name):
         InfoNCE(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("infonse", "unknown loss 'infonse'; known: infonce, "),
+        ("foo.bar:Baz", "'foo.bar:Baz': module foo.bar cannot be imported: No module named 'foo'"),
+        ("os.path:Baz", "'os.path:Baz': module os.path has no Baz"),
+        ("os:path", "must be a subclass of align.losses.loss.ContrastiveLoss"),
+        ("torch.nn:MSELoss", "must be a subclass of align.losses.loss.ContrastiveLoss"),
+    ],
+)
+def test_what_is_no_loss_is_told(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_loss(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "sigmoid",
+            {"bias": "abc"},
+            "loss.options.bias: bias of loss sigmoid must be a number",
+        ),
+        ("sigmoid", {"bias": True}, "loss.options.bias: bias of loss sigmoid must be a number"),
+        ("sigmoid", {"gamma": 1.0}, "loss.options.gamma: loss sigmoid has no option 'gamma'"),
+        ("infonce", {"label_smoothing": 1}, "loss.options.label_smoothing: InfoNCE needs 0 <= "),
+        (
+            "global_contrastive",
+            {"gamma_visits": 1.5},
+            "loss.options.gamma_visits: gamma_visits",
+        ),
+        ("torch.nn:MSELoss", {}, "loss.name: loss 'torch.nn:MSELoss' must be a subclass of "),
+    ],
+)
+def test_a_mistake_in_a_loss_names_its_key(name, options, message):
+    with pytest.raises(ConfigError) as caught:
+        make_loss(LossConfig(name=name, options=options), samples=8)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_numbers():
+    loss = make_loss(LossConfig(name="sigmoid", options={"bias": -3}), samples=8)
+    assert loss.logit_bias is not None
+    assert loss.logit_bias.item() == -3.0
 
 
 class TwoTowers(nn.Module):

@@ -443,3 +443,18 @@ def test_caption_fields_are_checked_early_as_they_are_later(name):
 
     early = refuses(lambda: parse("pretrain", ["data", "out", f"caption_fields=['{name}']"]))
     assert early == refuses(lambda: CaptionRule((name,)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("loss.min_temperature=0.5", "loss.min_temperature: 0.5 is above temperature (0.07)"),
+        ("loss.temperature=0.001", "loss.min_temperature: 0.01 is above temperature (0.001)"),
+        ("loss.options={temperature: 1}", "loss.options: temperature does not belong here; set"),
+    ],
+)
+def test_temperatures_are_checked_with_the_other_mistakes(given, message):
+    with pytest.raises(ConfigError) as caught:
+        parse("pretrain", ["data", "out", given, "batch_size=none"])
+    assert message in str(caught.value)
+    assert "batch_size: " in str(caught.value)

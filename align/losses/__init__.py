@@ -83,6 +83,8 @@ def build_loss(name: str, *, samples: int = 0, **options: Any) -> "ContrastiveLo
             not isinstance(value, simple[0]) or isinstance(value, bool) is not (simple[0] is bool)
         ):
             raise ValueError(f"{key} of loss {name} must be {simple[1]}, not {value!r}")
+        if simple and simple[0] == (int, float):
+            options[key] = float(value)  # YAML tells 6 from 6.0
     if kind.keeps_samples:
         options["samples"] = samples
     return kind(**options)

@@ -16,7 +16,9 @@ class LossConfig(Config):
         default="infonce", description=f"{', '.join(LOSSES)}, or package.module:Name."
     )
     temperature: PositiveFloat = Field(default=0.07, description="Where it starts.")
-    min_temperature: PositiveFloat = Field(default=0.01, description="How low it may go.")
+    min_temperature: PositiveFloat = Field(
+        default=0.01, validate_default=True, description="How low it may go."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Further options of the loss: label_smoothing of infonce, bias of sigmoid,\n"
@@ -36,6 +38,21 @@ class LossConfig(Config):
                 f"unknown loss {name!r}; known: {', '.join(LOSSES)}, or package.module:Name"
             )
         return name
+
+    @field_validator("min_temperature")
+    @classmethod
+    def _is_not_above_the_start(cls, least: float, info: Any) -> float:
+        if least > info.data.get("temperature", least):
+            raise ValueError(f"{least} is above temperature ({info.data['temperature']})")
+        return least
+
+    @field_validator("options")
+    @classmethod
+    def _has_no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key in ("temperature", "min_temperature"):
+            if key in options:
+                raise ValueError(f"{key} does not belong here; set loss.{key}")
+        return options
 
 
 class RuleConfig(Config):
