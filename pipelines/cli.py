@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 3 `inspect
 something wrong, 130 interrupted.
 """
 
+import gc
 import os
 import re
 import sys
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if show_traceback:
             traceback.print_exc()
         code, message = _verdict(error)
-        print(f"align {given[0] if given else ''}: {message}", file=sys.stderr)
+        if not (isinstance(error, ConfigError) and _is_told_by_another()):
+            print(f"align {given[0] if given else ''}: {message}", file=sys.stderr)
         sys.exit(code)
 
 
@@ -110,9 +112,20 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     return 1, f"internal error: {name}: {line} (--traceback shows where)"
 
 
+def _is_told_by_another() -> bool:
+    """Whether a launcher started several processes here, and another one tells mistakes.
+
+    One of each machine does, since a file may be missing on that one alone.
+    """
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0"
+
+
 def main_of(verb: str) -> None:
     """Run one verb with the arguments of this process: what `python -m pipelines.VERB` does."""
-    main([verb, *sys.argv[1:]])
+    try:
+        main([verb, *sys.argv[1:]])
+    finally:
+        gc.freeze()  # as in pipelines.entry
 
 
 def _one_line(error: BaseException) -> str:

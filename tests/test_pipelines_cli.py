@@ -1,8 +1,10 @@
 """The command line: light to import, one line for each mistake, stated exit codes."""
 
+import gc
 import os
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -362,3 +364,45 @@ def test_a_reader_that_has_had_enough_is_no_mistake():
 def test_hits_are_drawn_to_a_picture_file(out):
     with pytest.raises(ConfigError, match=r"no picture file; name one, such as hits\.png"):
         parse("search", ["red", f"out={out}"])
+
+
+def test_an_interrupt_while_the_command_is_being_imported_is_told_in_a_line(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "pipelines.cli":
+                raise KeyboardInterrupt
+
+    scripts = tomllib.loads((Path(cli.__file__).parent.parent / "pyproject.toml").read_text())
+    run = resolve_name(scripts["project"]["scripts"]["align"])
+    monkeypatch.delitem(sys.modules, "pipelines.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["align", "pretrain", "c.yaml"])
+    with pytest.raises(SystemExit) as left:
+        run()
+    gc.unfreeze()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "align pretrain: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1"}, False),
+    ],
+    ids=str,
+)
+def test_of_several_processes_one_of_each_machine_tells_a_mistake(
+    environment, told, monkeypatch, capsys
+):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        main(["pretrain", "nowhere", "out"])
+    assert left.value.code == 2
+    assert ("there is no file or folder nowhere" in capsys.readouterr().err) is told
