@@ -219,6 +219,8 @@ def derive(
 def _kept(module: nn.Module) -> Iterator[None]:
     """Has running statistics forget what they see: the same pieces come once more."""
     before = [buffer.clone() for buffer in module.buffers()]
-    yield
-    for buffer, was in zip(module.buffers(), before, strict=True):
-        buffer.copy_(was)
+    try:
+        yield
+    finally:
+        for buffer, was in zip(module.buffers(), before, strict=True):
+            buffer.copy_(was)

@@ -3,7 +3,7 @@
 Batches are the same ones for any number of processes, and so is what is computed from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipelines.config import ConfigError
+from align.folders import damage
+from pipelines.config import ConfigError, RunError
 
 T = TypeVar("T")
 
@@ -67,6 +68,24 @@ class Share:
         dist.all_gather_object(said, value)
         return said
 
+    def refuse_different_data(self, prints: Mapping[str, str]) -> None:
+        """All processes must have the same samples, or some would be seen twice and others never.
+
+        Args:
+            prints: this process's fingerprints of data sets, by their place.
+
+        Raises:
+            ConfigError: they differ, such as by a quarantine list in the cache of one machine.
+        """
+        said = self.told(list(prints.values()))
+        for place, found in zip(prints, zip(*said, strict=True), strict=True):
+            if len(set(found)) > 1:
+                raise ConfigError(
+                    f"{place}: the processes see different samples (fingerprints "
+                    f"{', '.join(sorted({one[:12] for one in found}))}); have the same shards and "
+                    "the same quarantine.json on every machine"
+                )
+
     def gathered(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "total dim"]:
         """All processes' rows by rank, on the CPU of every one.
 
@@ -85,17 +104,30 @@ class Share:
         """What this process's part of the work returns, where no process fails at its own.
 
         Raises:
-            ConfigError: one does, on all of them, or the others would wait for it for ever.
+            ConfigError: one finds data or configuration at fault, on all of them.
+            RunError: another process fails otherwise; that one raises what it met.
         """
         if self.alone:
             return work()
-        result, said, cause = None, "", None
+        result, failure = None, None
         try:
             result = work()
-        except (ValueError, OSError) as error:
-            said, cause = str(error), error
-        if errors := [one for one in self.told(said) if one]:
-            raise ConfigError(errors[0]) from cause
+        except Exception as error:  # whatever it is, the others would wait for it
+            failure = error
+        is_fault = isinstance(failure, ValueError | OSError)
+        if failure is None:
+            said = None
+        elif is_fault:
+            said = str(failure)
+        else:
+            said = f"process {self.rank} stops: {type(failure).__name__}: {damage(failure)}"
+        told = self.told(None if said is None else (is_fault, said))
+        failed = [one for one in told if one is not None]
+        if failure is not None and not is_fault:
+            raise failure
+        if failed:
+            kind = ConfigError if failed[0][0] else RunError
+            raise kind(failed[0][1]) from failure
         return result  # pyright: ignore[reportReturnType] - nothing failed
 
     def equalise_buffers(self, module: nn.Module) -> None:

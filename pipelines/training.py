@@ -29,6 +29,7 @@ from pipelines.schemas.training import StageConfig
 from pipelines.schemas.values import steps_of
 from pipelines.starting import Start
 from pipelines.telemetry import FlopMeter
+from pipelines.together import Share
 from shards.augment import Augment
 from shards.crop import FITS, BoxFinder, RandomCrop
 from shards.damage import DamageTally, merged
@@ -143,9 +144,9 @@ def build(config: PretrainConfig, accelerator: Accelerator, start: Start | None 
     with accelerator.main_process_first():  # a scan is made once, and kept for the others
         sources = open_sources(config)
     loader = make_loader(config, sources, accelerator)
-    refuse_different_data(loader.manifest)
-    captions = CaptionWriter(config.captions, seed=config.seed)
     manifest = loader.manifest
+    Share.of(accelerator).refuse_different_data({str(manifest.place): manifest.fingerprint})
+    captions = CaptionWriter(config.captions, seed=config.seed)
     # The first sample tells whether the field is there, before anything is written.
     head = iterate(
         manifest,
@@ -167,21 +168,6 @@ def build(config: PretrainConfig, accelerator: Accelerator, start: Start | None 
         tokenizer=tokenizer,
         start=start,
     )
-
-
-def refuse_different_data(manifest: Manifest) -> None:
-    """All processes must have the same samples, or some would be seen twice and others never.
-
-    Raises:
-        ConfigError: they differ, such as by a quarantine list in the cache of one machine.
-    """
-    prints = gather_object([manifest.fingerprint])
-    if len(set(prints)) > 1:
-        raise ConfigError(
-            f"{manifest.place}: the processes see different samples (fingerprints "
-            f"{', '.join(sorted({one[:12] for one in prints}))}); have the same shards and the "
-            "same quarantine.json on every machine"
-        )
 
 
 def assemble(

@@ -65,22 +65,14 @@ class Validation:
         refuse_unknown_best(config)
         with training.accelerator.main_process_first():  # a scan is made once
             self._manifests = opened(self._tasks)
-        self._refuse_different_data()
+        prints = {str(place): one.fingerprint for place, one in self._manifests.items()}
+        self._share.refuse_different_data(prints)
         self._share.all_or_none(self._check)
 
     def _check(self) -> None:
         if self._share.is_main:
             for title, task in self._tasks.items():
                 check_task(title, task, self._manifests[task.data])
-
-    def _refuse_different_data(self) -> None:
-        prints = {place: one.fingerprint for place, one in self._manifests.items()}
-        for other in self._share.told(prints):
-            if different := [place for place in prints if other[place] != prints[place]]:
-                raise ConfigError(
-                    f"{different[0]}: the processes see different samples; have the same shards "
-                    "and the same quarantine.json on every machine"
-                )
 
     def run(self) -> dict[str, Any]:
         """Measure; returns every figure with the ends of its interval (`NAME_low`, `NAME_high`)."""

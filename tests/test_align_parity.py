@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -165,3 +166,15 @@ def test_the_comparison_sees_another_draw_and_a_lost_share():
     assert parity.errors(quarter, expected)[1] == pytest.approx(0.75)
     with pytest.raises(ValueError, match="other parameters"):
         parity.errors({"": expected[""]}, expected)
+
+
+def test_running_statistics_are_put_back_where_a_piece_fails():
+    objective = variant("batch norm")
+    pieces = [pairs_of(objective).piece(one, 2) for one in range(2)]
+    before = {name: one.clone() for name, one in objective.model.named_buffers()}
+    pieces[1] = replace(pieces[1], ids=pieces[1].ids.fill_(10**6))  # no such token
+    with pytest.raises(IndexError):
+        derive(objective, pieces, seeds=[0, 1])
+    assert any("running_mean" in name for name in before)
+    for name, one in objective.model.named_buffers():
+        assert torch.equal(one, before[name]), name

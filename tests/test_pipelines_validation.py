@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import align
 from align.checkpoint import checkpoints
 from pipelines import pretrain, run_folder, validation
-from pipelines.config import ConfigError, build
+from pipelines.config import ConfigError, RunError, build
 from pipelines.embed import EmbeddedPairs, embed_pairs, encode_shared
 from pipelines.evaluate import evaluate
 from pipelines.schemas import EvaluateConfig, PretrainConfig
@@ -256,6 +257,9 @@ def in_rank(
     assert bad.bad == 2
     with pytest.raises(ConfigError, match="one broke"):
         share.all_or_none(lambda: int("one broke") if rank else 3)
+    kind, said = (KeyError, "colour") if rank else (RunError, "process 1 stops: KeyError: 'colour'")
+    with pytest.raises(kind, match=said):
+        share.all_or_none(lambda: {}["colour"] if rank else 3)
 
     # Running statistics of the other processes are their own, and not those that are measured.
     statistics = torch.nn.BatchNorm1d(3)
@@ -294,3 +298,46 @@ def test_alone_nothing_is_exchanged():
     assert ALONE.told("x") == ["x"]
     with pytest.raises(ValueError, match="as it is"):
         ALONE.all_or_none(lambda: int("as it is"))
+
+
+class Two(Share):
+    """One process of two; keeps what it says, and is told the same with changes by the other."""
+
+    said: Any = None
+    answer: Callable[[Any], Any] = staticmethod(lambda _: None)
+
+    def told(self, value: Any) -> list[Any]:
+        type(self).said = value
+        return [value, self.answer(value)]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory\nmore"), KeyError("colour"), ArithmeticError()]
+)
+def test_whatever_a_process_meets_the_others_are_told_in_a_line(error):
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        Two(0, 2).all_or_none(work)
+    assert caught.value is error
+    is_fault, said = Two.said
+    assert not is_fault
+    assert said.startswith(f"process 0 stops: {type(error).__name__}")
+    assert "\n" not in said
+
+
+def test_what_another_process_met_is_told_and_ends_this_one(monkeypatch):
+    for is_fault, kind in ((True, ConfigError), (False, RunError)):
+        monkeypatch.setattr(Two, "answer", staticmethod(lambda _, one=is_fault: (one, "a line")))
+        with pytest.raises(kind, match=r"^a line$"):
+            Two(0, 2).all_or_none(lambda: 3)
+
+
+def test_processes_that_see_different_samples_are_told_of_which_data(monkeypatch):
+    prints = {"here": "0" * 64, "there": "1" * 64}
+    monkeypatch.setattr(Two, "answer", staticmethod(list))
+    Two(0, 2).refuse_different_data(prints)
+    monkeypatch.setattr(Two, "answer", staticmethod(lambda own: [own[0], "2" * 64]))
+    with pytest.raises(ConfigError, match=r"^there: the processes see .*1{12}, 2{12}\); have"):
+        Two(0, 2).refuse_different_data(prints)
