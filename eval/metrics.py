@@ -208,8 +208,12 @@ def check_rows(rows: Float[ndarray, "rows dim"], name: str) -> None:
     Raises:
         ValueError: Rows hold NaN or infinity, or have length zero; names the first of them.
     """
-    _refuse_rows(np.all(np.isfinite(rows), axis=1), name, "hold NaN or infinity")
+    _refuse_rows(np.all(np.isfinite(rows), axis=1), name, NOT_FINITE)
     _refuse_rows(np.any(rows, axis=1), name, "are all zero")
+
+
+NOT_FINITE = "hold NaN or infinity"
+"""What a message says of embeddings that are not finite."""
 
 
 def _refuse_rows(good: Bool[ndarray, " rows"], name: str, what: str) -> None:

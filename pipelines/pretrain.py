@@ -20,6 +20,7 @@ from pipelines.cadence import agreed
 from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
 from pipelines.embed import left_out
+from pipelines.guard import measure, refuse_streak, refuse_useless
 from pipelines.learning import format_rows, origins, summary
 from pipelines.parallel import accelerator_of, statistics_of_pieces, stopping_with_others
 from pipelines.progress import Observer, StopOnSignal, TrainingLog
@@ -33,9 +34,6 @@ from pipelines.training import Training, build
 from pipelines.validation import Validation
 from shards.damage import TooMuchDamageError
 from shards.loader import Batch
-
-BAD_STEPS_IN_A_ROW = 5
-"""After so many steps without a finite gradient the run stops: nothing good follows."""
 
 
 def run(config: PretrainConfig) -> int:
@@ -66,10 +64,13 @@ def run(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             record(training)
             print(*introduction(training), sep="\n", flush=True)
-        code = train(training, Saver(training), validation, stop)
+        saver = Saver(training)
+        code = train(training, saver, validation, stop)
         finished = code is None
         if finished and validation.wanted and validation.measured_at is None:
-            validation.run()  # it was resumed at its very end
+            measure(validation, saver)  # it was resumed at its very end
+        if finished:
+            refuse_useless(training, saver)
         if finished:
             write_bundle(training, validation)
         if finished and accelerator.is_main_process:
@@ -245,7 +246,7 @@ def train(
         observers=observers(training) if writes else (),
         best=config.validation.best,
     )
-    bad_in_a_row = 0
+    owed_save = owed_look = False  # from steps whose gradient was not finite
     with log:
         if look_was_cut_off(training, validation):
             look(training, saver, validation, log, stop)
@@ -260,32 +261,37 @@ def train(
                 log.write({**line, **counts, "cut_captions": training.cut_captions})
 
             # Where the loss was scaled too much, the scale is what mends it.
-            good = measured["finite"] or training.scale_can_fall
-            bad_in_a_row = 0 if good else bad_in_a_row + 1
-            if bad_in_a_row == BAD_STEPS_IN_A_ROW:
-                raise ValueError(
-                    f"{config.out}: no finite gradient in {bad_in_a_row} steps up to step "
-                    f"{training.step}; earlier checkpoints are whole; begin another run with a "
-                    "lower optimizer.learning_rate"
-                )
+            good = bool(measured["finite"]) or training.scale_can_fall
+            training.bad_in_a_row = 0 if good else training.bad_in_a_row + 1
             last = training.step == training.steps
+            refuse_streak(training, saver, last=last)
+            if measured["finite"]:
+                saver.is_good()
             by_clock = (saver.cadence.elapsed(), validation.cadence.elapsed())
             terminated, interrupted, save_now, look_now = agreed(
                 accelerator, (stop.terminated, stop.interrupted, *by_clock)
             )
             stopped = (terminated or interrupted) and not last
             looks = validation.wanted and (
-                look_now or validation.cadence.due(training.step) or last
+                look_now or validation.cadence.due(training.step) or last or owed_look
             )
-            if saver.cadence.due(training.step) or save_now or looks or stopped or last:
+            owed_look, looks = looks and not good, looks and good
+            saves = saver.cadence.due(training.step) or save_now or looks or stopped or last
+            saves |= owed_save
+            owed_save = saves and not good
+            if saves and good:  # else what there is to go on from would be of a run gone wrong
                 with log.pause():
                     saver.save()
             if stopped:
                 again = "the same command" if config.resume else "the same command with --resume"
-                log.say(
-                    f"stopped at step {training.step} of {training.steps} with a checkpoint in "
-                    f"{config.out}; {again} goes on"
+                saved = (
+                    f"with a checkpoint in {config.out}; {again} goes on"
+                    if good
+                    else "without a checkpoint of it, as its gradient was not finite; "
+                    f"{again} "
+                    + ("goes on from the one before" if checkpoints(config.out) else "begins anew")
                 )
+                log.say(f"stopped at step {training.step} of {training.steps} {saved}")
                 return 130 if interrupted else 0
             if looks:
                 look(training, saver, validation, log, stop)
@@ -314,8 +320,8 @@ def look(
 ) -> None:
     """Evaluate, and keep the best; what was learnt is saved, so that a signal need not wait."""
     with log.pause(), stop.at_once():
-        line = validation.run()
-        saver.judge(validation.best)
+        line = measure(validation, saver)
+        saver.judge(validation.best, validation.best_of)
         log.write({"step": training.step, **line})
 
 

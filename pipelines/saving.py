@@ -18,6 +18,7 @@ from eval.results import Figure
 from pipelines import run_folder
 from pipelines.cadence import Cadence
 from pipelines.config import ConfigError
+from pipelines.health import weights_are_finite
 from pipelines.training import Training
 
 _BEST = "best.json"
@@ -29,7 +30,11 @@ class Saver:
     """Writes checkpoints at their cadence; keeps the newest and the best, forgets the others.
 
     All processes make one, and call what it has alike. `checkpoints/best.json` says which is the
-    best, by what figure.
+    best, by what figure, of what data.
+
+    Finite weights may be useless all the same, thrown far away by a step. A checkpoint is known to
+    be good once a later step had a finite gradient (`is_good`); the newest of those is kept beyond
+    the others until then.
 
     Args:
         training: the run, gone on with where that was asked for.
@@ -45,17 +50,20 @@ class Saver:
         self._folder = config.out / "checkpoints"
         if training.accelerator.is_main_process:
             self._tidy()
-        (self._best,) = broadcast_object_list([self._known_best()])
+        self._best, self._good = broadcast_object_list([self._known_best(), self._second()])
 
     def save(self) -> None:
         """Write a whole checkpoint of this step, unless there is one, then forget old ones.
 
         Raises:
+            ValueError: weights are not finite any more.
             OSError: it could not be written, with what can be done about it.
         """
         training, config = self._training, self._training.config
         if self._saved == training.step:
             return
+        if not weights_are_finite(training):
+            raise self.useless(f"weights are not finite at step {training.step}")
         report = training.data_report()
         place = self._folder / _name(training.step)
         try:
@@ -69,6 +77,7 @@ class Saver:
                 progress={
                     "step": training.step,
                     "skipped": training.skipped,
+                    "bad_in_a_row": training.bad_in_a_row,
                     "scaler": training.scaler.state_dict(),
                     "loader": {"consumed": training.step * config.batch_size},
                     "log": training.ledger.state(),
@@ -85,37 +94,63 @@ class Saver:
             raise OSError(self._in_vain(place, error)) from error
         self.cadence.done()
 
-    def judge(self, figure: Figure | None) -> None:
+    def is_good(self) -> None:
+        """The newest checkpoint has been shown to be of use: what it was kept beside may go."""
+        if self._saved is None or self._good == _name(self._saved):
+            return
+        self._good = _name(self._saved)
+        if self._training.accelerator.is_main_process:
+            self._forget()
+
+    def useless(self, why: str) -> ValueError:
+        """What to raise where nothing good follows; says what there is to go on from.
+
+        A newest checkpoint that may be the first of what went wrong is set aside.
+        """
+        training, known = self._training, self._good
+        out, suspect = training.config.out, None if self._saved is None else _name(self._saved)
+        if known is not None and suspect != known:
+            place = self._folder / str(suspect)
+            if training.accelerator.is_main_process and place.exists():
+                _set_aside(place)
+        then = "there is no checkpoint: begin"
+        if place := known or suspect:
+            what = "last good" if known else "only"
+            then = f"{place} is the {what} checkpoint, --resume goes on from it; or begin"
+        return ValueError(f"{out}: {why}; {then} another run with a lower optimizer.learning_rate")
+
+    def judge(self, figure: Figure | None, of: Mapping[str, Any] | None = None) -> None:
         """Keep the checkpoint of this step as the best one, where it is; all processes alike.
 
         Args:
             figure: by which the best is chosen, as it is now; None = there is none to choose by.
+            of: the data that it is of, as JSON values: figures of other data are not compared.
         """
-        if figure is None or not self._is_better(figure):
+        if figure is None or not self._is_better(figure, of):
             return
         self.save()
         step = self._training.step
-        self._best = {"checkpoint": _name(step), "step": step, **asdict(figure)}
+        self._best = {"checkpoint": _name(step), "step": step, **asdict(figure), "of": of}
         if self._training.accelerator.is_main_process:
             run_folder.write_json(self._folder / _BEST, self._best)
             self._forget()
 
-    def _is_better(self, figure: Figure) -> bool:
+    def _is_better(self, figure: Figure, of: Mapping[str, Any] | None) -> bool:
         best = self._best
-        if best is None or best["name"] != figure.name:
+        if best is None or best["name"] != figure.name or best.get("of") != of:
             return not math.isnan(figure.value)
         gain = figure.value - best["value"]
         return gain > 0 if figure.higher_is_better else gain < 0
 
     def _forget(self) -> None:
-        """Remove what is neither new nor the best.
+        """Remove what is neither new nor the best, nor the newest that is known to be good.
 
         Under another name, or a kill would leave half of it under this one.
         """
         found = checkpoints(self._training.config.out)
         best = None if self._best is None else self._best["checkpoint"]
         for old in found[: -self._training.config.keep]:
-            if old.name != best:
+            if old.name not in (best, self._good):
                 shutil.rmtree(old.rename(old.with_name(old.name + _REMOVING)), ignore_errors=True)
 
     def _tidy(self) -> None:
@@ -125,9 +160,11 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
         for place in checkpoints(self._training.config.out):
             if int(place.name.removeprefix("step_")) > self._training.step:
-                aside = place.with_name(place.name + _DAMAGED)
-                shutil.rmtree(aside, ignore_errors=True)
-                place.rename(aside)
+                _set_aside(place)
+
+    def _second(self) -> str | None:
+        """The newest checkpoint but one: it is known to be good, as steps followed it."""
+        return next((place.name for place in checkpoints(self._training.config.out)[-2:-1]), None)
 
     def _known_best(self) -> dict[str, Any] | None:
         """What is known of the best checkpoint, on the main process."""
@@ -141,7 +178,9 @@ class Saver:
     def _in_vain(self, place: Path, error: OSError) -> str:
         before = [one.name for one in checkpoints(self._training.config.out)]
         said = error.strerror or str(error)
-        if self._saved == self._training.step or not before:
+        if not before:
+            return f"{place}: {said}; there is no checkpoint yet: make room, then begin anew"
+        if self._saved == self._training.step:
             return f"{place}: {said}; make room, then --resume goes on"
         return (
             f"{place}: {said}; no checkpoint was written, {before[-1]} is whole: make room, then "
@@ -172,6 +211,7 @@ def resume(training: Training) -> None:
             f"(fingerprint {training.fingerprint[:12]}, before {progress['data'][:12]})"
         )
     training.step, training.skipped = progress["step"], progress["skipped"]
+    training.bad_in_a_row = progress.get("bad_in_a_row", 0)
     training.scaler.load_state_dict(progress["scaler"])
     training.loader.load_state_dict(progress["loader"])
     training.earlier_report = progress["data_report"]
@@ -245,9 +285,12 @@ def telling_full_disks(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL or error.filename is not None:
             raise
-        raise OSError(
-            f"{out}: {error.strerror}; make room, then --resume goes on from the newest checkpoint"
-        ) from error
+        then = (
+            "make room, then --resume goes on from the newest checkpoint"
+            if checkpoints(out)
+            else "make room, then begin anew: there is no checkpoint yet"
+        )
+        raise OSError(f"{out}: {error.strerror}; {then}") from error
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -255,6 +298,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def _name(step: int) -> str:
     return f"step_{step:09d}"
+
+
+def _set_aside(place: Path) -> None:
+    aside = place.with_name(place.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    place.rename(aside)
 
 
 def _flush_if_there(path: Path) -> None:

@@ -58,6 +58,7 @@ class Training:
     start: Start | None = None  # the bundle that the run goes on from
     step: int = 0
     skipped: int = 0
+    bad_in_a_row: int = 0  # latest steps without a finite gradient that no scale of the loss mends
     bad_samples: int = 0  # met by all processes since the run began
     cut_captions: int = 0  # likewise, longer than the context
     earlier_report: dict[str, Any] | None = None  # what the run met before it was resumed

@@ -99,6 +99,15 @@ class Validation:
             return None
         return replace(self.figures[name], name=name)
 
+    @property
+    def best_of(self) -> dict[str, Any] | None:
+        """The data that figure is of: fingerprint and `where`."""
+        name = self._training.config.validation.best
+        if name is None:
+            return None
+        task = self._tasks[name.rpartition("/")[0] or PLAIN]
+        return {"data": self._manifests[task.data].fingerprint, "where": task.where}
+
     def _measure(self) -> list[Report]:
         training, share = self._training, self._share
         config, model = training.config, training.chosen_model

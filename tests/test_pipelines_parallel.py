@@ -25,7 +25,7 @@ import align
 from align.checkpoint import checkpoints
 from align.losses import InfoNCE
 from align.objective import ContrastiveObjective
-from pipelines import pretrain, run_folder, training
+from pipelines import guard, pretrain, run_folder, training
 from pipelines.config import ConfigError, RunError, build, to_yaml
 from pipelines.parallel import clip_gradients, spread, stopping_with_others, wants_shares
 from pipelines.schemas import PretrainConfig
@@ -338,8 +338,11 @@ def test_a_broken_gradient_moves_nothing_and_the_run_goes_on(data, tmp_path, mon
             break_next_gradient(training.objective.model.text_projection.weight)
         before = copy.deepcopy(training.objective.state_dict())
         moments = [copy.deepcopy(one) for one in training.optimizer.state.values()]
+        averaged = copy.deepcopy(training.average.state_dict())
         measured = original(training, batch)
         if training.step == 3:
+            now = training.average.state_dict()
+            kept.append(all(torch.equal(now[name], averaged[name]) for name in averaged))
             after = training.objective.state_dict()
             kept.append(all(torch.equal(after[name], before[name]) for name in before))
             kept.extend(
@@ -369,7 +372,7 @@ def test_fp16_finds_its_scale_and_keeps_it(data, tmp_path, monkeypatch):
     lines = metrics(tmp_path / "run")
     finite = [line["finite"] for line in lines]
     lost = finite.count(0)
-    assert pretrain.BAD_STEPS_IN_A_ROW < lost < 18
+    assert guard.BAD_STEPS_IN_A_ROW < lost < 18
     assert finite == [0] * lost + [1] * (18 - lost)
     assert lines[-1]["skipped_steps"] == lost
     progress = [

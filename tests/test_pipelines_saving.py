@@ -25,6 +25,7 @@ import align.checkpoint
 from align.checkpoint import checkpoints
 from eval.results import Figure
 from pipelines import pretrain, progress, run_folder, saving
+from pipelines import step as step_module
 from pipelines.cadence import Cadence
 from pipelines.config import ConfigError
 from pipelines.progress import StopOnSignal
@@ -461,6 +462,19 @@ def test_a_full_disk_is_told_by_the_run_folder_whatever_was_being_written(
     with pytest.raises(OSError, match="No space left on device; make room") as caught:
         pretrain.run(config(tiny_pretrain(data, tmp_path / "run")))
     assert str(caught.value).startswith(f"{tmp_path / 'run'}: ")
+    assert str(caught.value).endswith("begin anew: there is no checkpoint yet")
+
+
+def test_a_disk_full_at_the_first_checkpoint_promises_no_resume(saver, monkeypatch):
+    def save_state(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saving, "save_state", save_state)
+    with pytest.raises(
+        OSError, match="there is no checkpoint yet: make room, then begin anew"
+    ) as c:
+        at(saver, 4)
+    assert "--resume" not in str(c.value)
 
 
 # --- damage ---
@@ -569,6 +583,7 @@ def at(saver: saving.Saver, step: int, found: Figure | None = None, *, save: boo
     if save:
         saver.save()
     saver.judge(found)
+    saver.is_good()
 
 
 def kept(saver: saving.Saver) -> list[int]:
@@ -598,6 +613,114 @@ def test_the_best_is_kept_beyond_the_newest(saver):
     at(saver, 12)
     at(saver, 13)
     assert kept(saver) == [11, 12, 13]
+
+
+def test_figures_of_other_validation_data_are_not_compared(saver):
+    one, other = ({"data": "abc", "where": {"colour": colour}} for colour in ("red", "blue"))
+    saver._training.step = 1
+    saver.judge(figure(0.9), one)
+    saver = saving.Saver(saver._training)
+    for step, value, of in ((2, 0.3, one), (3, 0.2, other), (4, 0.1, other)):
+        saver._training.step = step
+        saver.judge(figure(value), of)
+    best = run_folder.read_json(saver._folder / "best.json")
+    assert (best["checkpoint"], best["value"], best["of"]) == ("step_000000003", 0.2, other)
+
+
+# --- what is no longer finite ---
+
+
+def poisoned(monkeypatch, *, after: int) -> None:
+    """Steps behind so many throw the weights away, where they stay finite at first."""
+    original = step_module.learning_rate
+    monkeypatch.setattr(
+        step_module,
+        "learning_rate",
+        lambda training: 1e30 if training.step >= after else original(training),
+    )
+
+
+@pytest.mark.parametrize(("lost", "look"), [(4, False), (1, False), (1, True)])
+def test_a_run_that_goes_wrong_at_its_end_keeps_what_was_good(
+    lost, look, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    last = 12 - lost
+    values = tiny_pretrain(data, out, keep=1, save_every="1 steps")
+    if look:
+        values["validation"] = {"data": str(data), "every": "12 steps"}
+    poisoned(monkeypatch, after=last)
+    good = f"step_{last:09d} is the last good checkpoint, --resume goes on from it"
+    with pytest.raises(ValueError, match=good) as caught:
+        pretrain.run(config(values))
+    assert "\n" not in str(caught.value)
+    assert names(out) == [f"step_{last:09d}"]
+    assert not (out / "bundle").exists()
+    monkeypatch.undo()
+    assert pretrain.run(config({**values, "resume": True})) == 0
+    assert names(out) == ["step_000000012"]
+    assert (out / "bundle").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(saver):
+    at(saver, 1)
+    at(saver, 2)
+    saver._training.step = 3
+    with torch.no_grad():
+        next(iter(saver._training.average.parameters())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="weights are not finite at step 3; step_000000002 is the"):
+        saver.save()
+    assert kept(saver) == [1, 2]
+
+
+def without_gradients(monkeypatch, *, steps: set[int]) -> None:
+    """Steps in which no gradient is finite, by no fault of the weights."""
+    original = step_module.clip_gradients
+    count = iter(range(1, 99))
+
+    def clip(parameters, length):
+        norm = original(parameters, length)
+        return float("nan") if next(count) in steps else norm
+
+    monkeypatch.setattr(step_module, "clip_gradients", clip)
+
+
+def test_a_signal_in_a_streak_stops_the_run_without_a_checkpoint_of_it(
+    straight, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    values = tiny_pretrain(data, out, log_every=5)
+    without_gradients(monkeypatch, steps={6, 7, 8})
+    monkeypatch.setattr(pretrain, "step", signalling(signal.SIGTERM, step=7))
+    assert pretrain.run(config(values)) == 0
+    assert names(out) == ["step_000000004"]
+    assert "without a checkpoint of it" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert pretrain.run(config({**values, "resume": True})) == 0
+    assert_same(out, straight)
+
+
+def test_a_checkpoint_due_in_a_streak_is_written_behind_it(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    without_gradients(monkeypatch, steps={4, 5})
+    monkeypatch.setattr(pretrain, "step", signalling(signal.SIGTERM, step=7))
+    assert pretrain.run(config(tiny_pretrain(data, out))) == 0
+    assert names(out) == ["step_000000006", "step_000000007"]
+    progress = run_folder.read_json(checkpoints(out)[-1] / "progress.json")
+    assert (progress["bad_in_a_row"], progress["skipped"]) == (0, 2)
+
+
+@pytest.mark.parametrize("before", [0, 3, None])
+def test_a_streak_is_gone_on_with(before, saver, data):
+    at(saver, 4)
+    path = checkpoints(saver._training.config.out)[-1] / "progress.json"
+    found = {**run_folder.read_json(path), "bad_in_a_row": before}
+    path.write_text(json.dumps({key: one for key, one in found.items() if one is not None}))
+    (path.parent / "checksums.json").unlink()  # as it was written otherwise
+    training = saver._training
+    training.bad_in_a_row = 9 if before is not None else 0
+    saving.resume(training)
+    assert training.bad_in_a_row == (before or 0)
 
 
 def test_what_lies_ahead_of_a_resume_is_set_aside(saver):
