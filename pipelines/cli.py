@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 3 `inspect
 something wrong, 130 interrupted.
 """
 
-import gc
 import os
 import re
 import sys
@@ -122,10 +121,7 @@ def _is_told_by_another() -> bool:
 
 def main_of(verb: str) -> None:
     """Run one verb with the arguments of this process: what `python -m pipelines.VERB` does."""
-    try:
-        main([verb, *sys.argv[1:]])
-    finally:
-        gc.freeze()  # as in pipelines.entry
+    main([verb, *sys.argv[1:]])
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 It imports next to nothing, so that there is hardly a moment before.
 """
 
-import gc
 import sys
 
 
@@ -16,5 +15,3 @@ def main() -> None:
     except KeyboardInterrupt:  # while that was being imported: later ones are told there
         print(f"{' '.join(['align', *sys.argv[1:2]])}: interrupted", file=sys.stderr)
         sys.exit(130)
-    finally:
-        gc.freeze()  # the last collection takes seconds to find what the system frees at once

@@ -1,6 +1,5 @@
 """The command line: light to import, one line for each mistake, stated exit codes."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -379,7 +378,6 @@ def test_an_interrupt_while_the_command_is_being_imported_is_told_in_a_line(monk
     monkeypatch.setattr(sys, "argv", ["align", "pretrain", "c.yaml"])
     with pytest.raises(SystemExit) as left:
         run()
-    gc.unfreeze()
     assert left.value.code == 130
     assert capsys.readouterr().err == "align pretrain: interrupted\n"
 
