@@ -527,6 +527,7 @@ def test_five_in_a_row_end_the_run_with_the_last_checkpoint_whole(data, tmp_path
     with pytest.raises(ValueError, match="no finite gradient in 5 steps up to step 10") as caught:
         pretrain.run(config(tiny_pretrain(data, out)))
     assert str(out) in one_line(caught)
+    assert "It failed after step 10 of " in (out / "report.html").read_text()
     assert checkpoints(out)
     assert not (out / "bundle").exists()
     from safetensors.torch import load_file
