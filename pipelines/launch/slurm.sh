@@ -10,6 +10,10 @@
 # the job was cancelled; it goes on from its newest checkpoint, also on another number of nodes
 # (scontrol update JobId=... NumNodes=4).
 #
+# No launcher stands between SLURM and the tasks, so that their own codes arrive here: 0 after
+# SIGTERM, 130 after Ctrl-C, 2 after a mistake in the configuration. torchrun and accelerate launch
+# would give 1 in all of these.
+#
 # Change these as the cluster is; `python` must be that of an environment with clip-align.
 #SBATCH --job-name=align
 #SBATCH --nodes=1
