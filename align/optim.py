@@ -118,9 +118,9 @@ def constant_factor(
 ) -> float:
     r"""Likewise, constant between a linear warm-up and a linear cool-down over the last steps.
 
-    $f + (1 - f) \tfrac{S - s}{c}$ for $s > S - c$: a run that is made longer later has lost nothing
-    but its cool-down (Zhai et al. 2022, arXiv 2106.04560, section 3.5; Haegele et al. 2024, arXiv
-    2405.18392).
+    $f + (1 - f) \tfrac{S - s}{c}$ for $s > S - c$ (Zhai et al. 2022, arXiv 2106.04560, section 3.5;
+    Haegele et al. 2024, arXiv 2405.18392). Until the cool-down it does not depend on the length of
+    the run. (A run of `align pretrain` keeps the length that it began with all the same.)
     """
     if step < warmup:
         return (step + 1) / warmup
