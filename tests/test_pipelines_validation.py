@@ -169,6 +169,18 @@ def test_tasks_on_the_same_rows_share_their_embeddings_at_the_sizes_of_the_stage
     assert [line["step"] for line in looks(tmp_path / "run")] == [1, 2]
 
 
+def test_a_step_is_saved_before_it_is_measured(data, held, tmp_path, monkeypatch):
+    def dies(_self: validation.Validation) -> None:
+        raise ArithmeticError("the evaluation died")
+
+    monkeypatch.setattr(validation.Validation, "run", dies)
+    values = tiny_pretrain(data, tmp_path / "run", samples=96, save_every="100 steps")
+    values["validation"] = {"data": str(held), "every": "2 steps"}
+    with pytest.raises(ArithmeticError, match="the evaluation died"):
+        pretrain.run(config(values))
+    assert [one.name for one in checkpoints(tmp_path / "run")] == ["step_000000002"]
+
+
 # --- what cannot be measured ---
 
 
