@@ -32,6 +32,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.kill
 
 setup: $(READY)
 
