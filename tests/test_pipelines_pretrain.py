@@ -449,7 +449,7 @@ def test_data_that_is_not_there_is_one_line(kind, tmp_path, cli_call):
         ({"captions": ["{name}"]}, "template '{name}' does not fit the data"),
         ({"loss__positives": "name"}, "has no field 'name'"),
         ({"tokenizer__name": "/no/such/tokenizer"}, "no tokenizer /no/such/tokenizer"),
-        ({"loss__min_temperature": 0.5}, "min_temperature"),
+        ({"loss__options": {"label_smoothing": 2.0}}, "loss.options.label_smoothing"),
         ({"out": "/dev/null/run"}, "/dev/null/run"),
     ],
     ids=lambda one: "" if isinstance(one, str) else "-".join(one),
