@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 import align
 import align.checkpoint
 from align.checkpoint import checkpoints
+from benchmarks.kill import being_written
 from eval.results import Figure
 from pipelines import pretrain, progress, run_folder, saving
 from pipelines import step as step_module
@@ -85,17 +86,6 @@ def killed_run(data: Path, out: Path) -> dict[str, Any]:
             "best": "text_to_image_recall@1",
         },
     )
-
-
-def being_written(out: Path) -> set[tuple[str, int]]:
-    """Checkpoints under way, or left by a kill."""
-    found = set()
-    for path in out.glob("checkpoints/*.writing"):
-        try:
-            found.add((path.name, path.stat().st_ctime_ns if any(path.iterdir()) else 0))
-        except FileNotFoundError:
-            continue
-    return found
 
 
 @pytest.mark.slow
