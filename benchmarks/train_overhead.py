@@ -18,7 +18,6 @@ a bare block is run before it gets one, and every block of the loop writes one l
 import statistics
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from align.objective import derive
 from benchmarks.train_sides import Task, our_config
 from pipelines import pretrain
 from pipelines.config import build
@@ -34,7 +32,7 @@ from pipelines.parallel import clip_gradients
 from pipelines.progress import StopOnSignal
 from pipelines.saving import Saver
 from pipelines.schemas import PretrainConfig
-from pipelines.step import precision, seeds, tokenised
+from pipelines.step import derived_from, tokenised
 from pipelines.training import Training
 from pipelines.training import build as build_training
 from pipelines.validation import Validation
@@ -81,15 +79,7 @@ class Turns:
 def bare_step(training: Training, batch: Batch) -> None:
     """The weights moved once, and nothing looked at."""
     pairs, _ = tokenised(training, batch)
-    derive(
-        training.objective,
-        [pairs.piece(number, training.pieces) for number in range(training.pieces)],
-        seeds=seeds(training),
-        wrapped=training.wrapped,
-        backward=lambda loss: training.scaler.scale(loss).backward(),
-        autocast=partial(precision, training),
-        silence=training.spread.silence,
-    )
+    derived_from(training, pairs)
     clip_gradients(training.objective.parameters(), training.config.optimizer.max_grad_norm)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)

@@ -186,11 +186,10 @@ def plan(training: Training) -> str:
     """What lies ahead, in one line."""
     config, total = training.config, training.loader.num_samples
     place = training.loader.manifest.place
-    parameters = sum(one.numel() for one in training.objective.parameters())
     seen, epochs = training.step * config.batch_size, training.steps * config.batch_size / total
     return (
         f"{total:,} samples in {place}; {training.steps:,} steps of {config.batch_size} are "
-        f"{epochs:.1f} epochs; {parameters / 1e6:.1f} M parameters on "
+        f"{epochs:.1f} epochs; {training.parameters / 1e6:.1f} M parameters on "
         f"{training.accelerator.device}"
         + (f"; {seen:,} samples done before" if seen else "")
         + left_out(training.loader.manifest)
@@ -219,7 +218,7 @@ def record(training: Training) -> None:
         config.out,
         config,
         data={"samples": training.loader.num_samples, "fingerprint": training.fingerprint},
-        parameters=sum(one.numel() for one in training.objective.parameters()),
+        parameters=training.parameters,
         processes=training.accelerator.num_processes,
         device=str(training.accelerator.device),
         threads=torch.get_num_threads(),
@@ -305,7 +304,7 @@ def observers(training: Training) -> list[Observer]:
         config=config,
         steps=training.steps,
         samples=training.loader.num_samples,
-        parameters=sum(one.numel() for one in training.objective.parameters()),
+        parameters=training.parameters,
         processes=accelerator.num_processes,
         device=str(accelerator.device),
     )

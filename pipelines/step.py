@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from align.objective import Pairs, derive
+from align.objective import Pairs, StepOutput, derive
 from align.optim import constant_factor, cosine_factor, set_learning_rate
 from pipelines.captions import positive_labels
 from pipelines.config import ConfigError
@@ -30,15 +30,7 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
     statistics = [buffer.clone() for buffer in training.objective.model.buffers()]
     training.wrapped.train()
     with probe.watch_loss():
-        output = derive(
-            training.objective,
-            [pairs.piece(number, training.pieces) for number in range(training.pieces)],
-            seeds=seeds(training),
-            wrapped=training.wrapped,
-            backward=lambda loss: training.scaler.scale(loss).backward(),
-            autocast=partial(precision, training),
-            silence=training.spread.silence,
-        )
+        output = derived_from(training, pairs)
     # Gradients are the same on every process by now, so all decide alike.
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.objective.parameters(), config.optimizer.max_grad_norm)
@@ -81,6 +73,19 @@ def step(training: Training, batch: Batch) -> dict[str, float]:
         **probe.clocks(started, derived, updating, updated),
         **ideal,
     }
+
+
+def derived_from(training: Training, pairs: Pairs) -> StepOutput:
+    """The loss of a batch, and its gradients where the optimiser finds them; see `derive`."""
+    return derive(
+        training.objective,
+        [pairs.piece(number, training.pieces) for number in range(training.pieces)],
+        seeds=seeds(training),
+        wrapped=training.wrapped,
+        backward=lambda loss: training.scaler.scale(loss).backward(),
+        autocast=partial(precision, training),
+        silence=training.spread.silence,
+    )
 
 
 def precision(training: Training) -> torch.autocast:

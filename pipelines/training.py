@@ -72,6 +72,11 @@ class Training:
         return self.count(self.config.samples)
 
     @property
+    def parameters(self) -> int:
+        """Numbers that the model and its loss consist of, learning or not."""
+        return sum(one.numel() for one in self.objective.parameters())
+
+    @property
     def pieces(self) -> int:
         """How many pieces this process works its share of a batch through in."""
         local = self.config.batch_size // self.accelerator.num_processes
