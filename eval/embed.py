@@ -22,6 +22,7 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 from pyarrow import parquet
 
+from eval.cards import write_whole
 from eval.metrics import check_rows
 from eval.table import (
     MODALITIES,
@@ -31,7 +32,6 @@ from eval.table import (
     unified_schema,
     unit_rows,
     verify_parts,
-    write_whole,
 )
 
 _COLUMNS = pa.schema(

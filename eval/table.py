@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +13,13 @@ from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 from pyarrow import parquet
 
+from eval.cards import file_sha256, read_card, write_card
+
 TABLE_VERSION = 1
 """Version of `table.json`; a reader refuses any other."""
 
-MODALITIES = {"image": "img_emb", "text": "text_emb"}
-"""What can be embedded, and the folder it lies in."""
+MODALITIES = {"image": "img_emb", "text": "text_emb", "fused": "fused_emb"}
+"""What can be embedded, and the folder it lies in; `fused` is a picture with its words."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,23 @@ class TableCard:
             FileNotFoundError: The folder holds no table.
             ValueError: The file is damaged or of another version.
         """
-        path = folder / "table.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: not an embedding table (no table.json in it)")
-        try:
-            value = json.loads(path.read_bytes())
-            version = value.pop("version")
-            if version != TABLE_VERSION:
-                raise ValueError(f"version {version}, but this release reads {TABLE_VERSION}")
-            value["modalities"] = tuple(value["modalities"])
-            value["parts"] = tuple(Part(**part) for part in value["parts"])
-            return cls(**value)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not readable ({error}); embed again") from error
+        return read_card(
+            folder / "table.json",
+            version=TABLE_VERSION,
+            kind="an embedding table",
+            again="embed again",
+            read=cls._of,
+        )
+
+    @classmethod
+    def _of(cls, value: dict[str, Any]) -> "TableCard":
+        value["modalities"] = tuple(value["modalities"])
+        value["parts"] = tuple(Part(**part) for part in value["parts"])
+        return cls(**value)
 
     def save(self, folder: Path) -> None:
         """Write `table.json` whole."""
-        text = json.dumps({"version": TABLE_VERSION, **asdict(self)}, indent=1)
-        write_whole(folder / "table.json", lambda file: file.write(text.encode()))
+        write_card(folder / "table.json", TABLE_VERSION, asdict(self))
 
 
 class EmbeddingTable:
@@ -116,10 +116,32 @@ class EmbeddingTable:
         return self.card.rows
 
     @property
+    def fingerprint(self) -> str:
+        """What names the table's rows: a SHA-256 over its card's fingerprints and checksums."""
+        parts = [sorted(part.files.items()) for part in self.card.parts]
+        said = json.dumps([sorted(self.card.fingerprints.items()), parts])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    @property
     def metadata_paths(self) -> list[Path]:
         """The Parquet files, in row order."""
         numbers = range(len(self.card.parts))
         return [self.folder / f"metadata/metadata_{number}.parquet" for number in numbers]
+
+    def vector_paths(self, modality: str) -> list[Path]:
+        """The `.npy` files of a modality, in row order.
+
+        Raises:
+            ValueError: The table lacks it.
+        """
+        if modality not in self.card.modalities:
+            raise ValueError(
+                f"{self.folder}: holds no {modality} embeddings, only "
+                f"{' and '.join(self.card.modalities)}"
+            )
+        folder = MODALITIES[modality]
+        numbers = range(len(self.card.parts))
+        return [self.folder / f"{folder}/{folder}_{number}.npy" for number in numbers]
 
     def parts(self, modality: str) -> Iterator[Float32[ndarray, "rows dim"]]:
         """Yield the unit-length rows part by part, each in memory only while it is used."""
@@ -163,13 +185,7 @@ class EmbeddingTable:
         return pa.concat_tables(self.metadata_parts(self.metadata_schema()))
 
     def _open_part(self, modality: str, number: int) -> Float[ndarray, "rows dim"]:
-        if modality not in self.card.modalities:
-            raise ValueError(
-                f"{self.folder}: holds no {modality} embeddings, only "
-                f"{' and '.join(self.card.modalities)}"
-            )
-        folder = MODALITIES[modality]
-        path = self.folder / f"{folder}/{folder}_{number}.npy"
+        path = self.vector_paths(modality)[number]
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -211,22 +227,3 @@ def _rows_in(path: Path) -> int:
     if path.suffix == ".npy":
         return len(np.load(path, mmap_mode="r", allow_pickle=False))
     return parquet.read_metadata(path).num_rows
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> str:
-    """Write a file beside its place, flush it to disk, rename it; return its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = file_sha256(beside)
-    beside.replace(path)
-    return digest

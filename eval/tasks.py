@@ -26,7 +26,7 @@ from eval.metrics import (
     top_candidates,
 )
 from eval.results import Figure, Outcomes, Report
-from eval.search import SampleId, Searcher
+from eval.search.searcher import SampleId, Searcher
 
 _TIES = "a wrong candidate that ties with the best right one is ranked before it"
 _SCORE_TIE = 1e-6
@@ -362,8 +362,8 @@ def _composed_counts(
             raise ValueError(
                 f"composed_retrieval: query {query} has sample {min(both)} as target and reference"
             )
-        right[query] = len(searcher.row_numbers(some))
-        among[query] = searcher.card.rows - len(searcher.row_numbers(removed))
+        right[query] = len(searcher.rows.held(some))
+        among[query] = searcher.card.rows - len(searcher.rows.held(removed))
         if right[query] == 0:
             raise ValueError(
                 f"composed_retrieval: no target of query {query} is in the index "

@@ -11,7 +11,7 @@ from align.bundle import load
 from eval.projection import project_2d
 from eval.report import Chart, Confusion, Hit, Page, Query, Series, Tile
 from eval.results import Report
-from eval.search import Searcher
+from eval.search.searcher import Searcher
 from pipelines import run_folder
 from pipelines.evaluate import Evaluation
 from pipelines.fuse import Comparison

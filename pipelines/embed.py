@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ import torch
 from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from align.bundle import fingerprint, load
 from align.model import DualEncoder
 from eval.embed import EmbeddedRows, write_table
 from pipelines import run_folder
 from pipelines.config import ConfigError
+from pipelines.models import open_model, whereabouts
 from pipelines.schemas import EmbedConfig
 from pipelines.together import ALONE, Share
 from shards.crop import FITS
@@ -194,7 +193,8 @@ def run(config: EmbedConfig) -> int:
 
 
 def _run(config: EmbedConfig) -> int:
-    model = load(config.model)
+    opened = open_model(config.model)
+    model = opened.model
     manifest = Manifest.open(config.data)
     tally = DamageTally(
         total=len(manifest), max_fraction=config.max_bad_fraction, strict=config.strict
@@ -218,10 +218,10 @@ def _run(config: EmbedConfig) -> int:
         batches,
         modalities=["image", "text"] if config.texts else ["image"],
         dim=model.config.dim,
-        fingerprints={"model": fingerprint(config.model), "data": manifest.fingerprint},
+        fingerprints={"model": opened.fingerprint, "data": manifest.fingerprint},
         dtype=config.dtype,
         rows_per_part=config.rows_per_part,
-        origin={"model": whereabouts(config.model), "data": whereabouts(config.data)},
+        origin={"model": opened.place, "data": whereabouts(config.data)},
     )
     if tally.seen:  # nothing is, where the table was complete before
         run_folder.write_json(config.out / "data_report.json", tally.report())
@@ -235,16 +235,6 @@ def left_out(manifest: Manifest) -> str:
     """What is known to be bad and is no sample, for the end of a line."""
     problems = manifest.problems
     return f"; {len(problems):,} left out, the first: {problems[0]}" if problems else ""
-
-
-def whereabouts(place: str) -> str:
-    """A local place, so that it is found from any working directory; ids and URLs stay as they are.
-
-    A pattern of shards is local where its folder is.
-    """
-    path = Path(place)
-    there = path.exists() or ("{" in path.name and path.parent.exists())
-    return str(path.resolve()) if there else place
 
 
 def _with_bar(batches: Iterable[Batch], manifest: Manifest, start: int) -> Iterator[Batch]:

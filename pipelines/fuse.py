@@ -25,7 +25,7 @@ from align.fusion.training import ComposedQueries, FeatureBank, fuse_all, train_
 from align.model import DualEncoder
 from eval.compare import compare
 from eval.results import Report, format_table
-from eval.search import Searcher
+from eval.search.searcher import Searcher
 from eval.tasks import composed_retrieval
 from pipelines import run_folder
 from pipelines.config import ConfigError
@@ -223,7 +223,7 @@ def open_matching_index(config: FuseConfig) -> Searcher:
     card = searcher.card
     if card.fingerprints["model"] != fingerprint(config.model):
         raise ConfigError(f"index: {config.index} was not made with {config.model}")
-    if card.fingerprints["data"] != Manifest.open(config.test_data).fingerprint:
+    if card.sources[0].data != Manifest.open(config.test_data).fingerprint:
         raise ConfigError(f"index: {config.index} was not made from {config.test_data}")
     return searcher
 

@@ -1,6 +1,7 @@
 """`align index`: an embedding table into a FAISS index."""
 
-from eval.index import IndexCard, build_index
+from eval.index.build import build_index
+from eval.index.card import IndexCard
 from eval.table import EmbeddingTable
 from pipelines import run_folder
 from pipelines.schemas import IndexConfig
@@ -23,11 +24,12 @@ def run(config: IndexConfig) -> int:
 
 def describe(card: IndexCard) -> str:
     """An index in one line."""
-    recall = card.recall
+    first = card.reached[0]
+    recall = first.at_10
     return (
         f"{card.factory}, {card.rows} {card.modality} rows of {card.dim}, "
         f"{card.bytes_per_vector:.0f} bytes each, built in {card.build_seconds:.1f} s, "
-        f"recall@10 of {card.recall_queries} queries against exact search "
+        f"recall@10 of {first.queries} queries against exact search "
         f"{100 * recall.value:.1f} % ({100 * recall.low:.1f} to {100 * recall.high:.1f})"
     )
 

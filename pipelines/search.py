@@ -11,7 +11,7 @@ from align.bundle import fingerprint, load
 from align.fusion.head import FusionHead, Modality
 from align.fusion.store import load_head
 from align.model import DualEncoder
-from eval.search import Searcher
+from eval.search.searcher import Searcher
 from pipelines.config import ConfigError
 from pipelines.pictures import GridHit, Pictures, draw_grid
 from pipelines.schemas import SearchConfig
@@ -44,7 +44,7 @@ def run(config: SearchConfig) -> int:
     except (ValueError, OSError) as error:
         print(f"no picture drawn: the shards are no longer at {data} ({error})")
         return 0
-    if pictures.manifest.fingerprint != searcher.card.fingerprints["data"]:
+    if pictures.manifest.fingerprint != searcher.card.sources[0].data:
         print(f"no picture drawn: {data} holds other samples than were embedded; embed it again")
         return 0
     hits = [

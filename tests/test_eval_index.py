@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from eval.embed import EmbeddedRows, write_table
-from eval.index import build_index, open_index
-from eval.search import Searcher
+from eval.index.build import build_index
+from eval.index.folder import open_index
+from eval.search.searcher import Searcher
 
 ROWS, DIM = 400, 16
 FACTORIES = {
@@ -81,10 +82,10 @@ def test_every_kind_meets_its_floor_on_text_queries(table, folder):
     shared = [len(set(a) & set(b)) / 10 for a, b in zip(found.ids, best, strict=True)]
     floor = FACTORIES[searcher.card.factory]
     assert np.mean(shared) >= floor
-    recall = searcher.card.recall
+    recall = searcher.card.reached_by("text").at_10
     assert recall.low <= recall.value <= recall.high
     assert recall.value == pytest.approx(np.mean(shared), abs=0.05)  # other texts of the same table
-    assert searcher.card.recall_queries == "text"
+    assert searcher.card.reached[0].queries in ("image", "text")
 
 
 def test_every_kind_gives_full_lists_without_repeats(table, folder):
@@ -142,10 +143,10 @@ def test_flat_is_exact_and_brings_metadata(table, flat):
 def test_the_card_says_what_is_there(table, flat):
     card = open_index(flat).card
     assert (card.factory, card.modality, card.rows, card.dim) == ("Flat", "image", ROWS, DIM)
-    assert card.recall.value == card.recall.low == 1.0
-    assert card.recall.count == ROWS
+    assert card.reached[0].at_10.value == card.reached[0].at_10.low == 1.0
+    assert card.reached[0].at_10.count == ROWS
     assert card.bytes_per_vector == pytest.approx(4 * DIM, abs=1)
-    assert card.fingerprints == {"model": "m", "data": "d"}
+    assert card.fingerprints == {"model": "m"}
     assert card.origin == {"data": "shards/x"}
     json.loads((flat / "index.json").read_text())
 
@@ -153,10 +154,10 @@ def test_the_card_says_what_is_there(table, flat):
 def test_recall_is_asked_with_images_where_there_are_no_texts(tmp_path):
     table = make_table(tmp_path / "table", modalities=("image",))
     for factory, least, most in (("Flat", 1.0, 1.0), ("IVF8,Flat", 0.1, 0.9)):
-        card = build_index(table, tmp_path / "index", factory=factory, recall_queries=100)
-        assert card.recall_queries == "image"
-        assert least <= card.recall.value <= most
-        assert card.recall.count == 100
+        card = build_index(table, tmp_path / "index", factory=factory, query_count=100)
+        assert card.reached[0].queries == "image"
+        assert least <= card.reached[0].at_10.value <= most
+        assert card.reached[0].at_10.count == 100
     opened = open_index(tmp_path / "index").index
     vectors = table.vectors("image")
     generator = np.random.default_rng(0)
@@ -168,13 +169,13 @@ def test_recall_is_asked_with_images_where_there_are_no_texts(tmp_path):
     for row, listed, order in zip(asked, found, best, strict=True):
         others = [some for some in listed if some not in (row, -1)][:10]
         shares.append(len(set(others) & set(order[order != row][:10])) / 10)
-    assert card.recall.value == pytest.approx(np.mean(shares), abs=1e-9)
+    assert card.reached[0].at_10.value == pytest.approx(np.mean(shares), abs=1e-9)
 
 
 def test_knobs_are_kept_and_raise_recall(table, tmp_path):
     one = build_index(table, tmp_path / "one", factory="IVF8,Flat")
     all_lists = build_index(table, tmp_path / "all", factory="IVF8,Flat", knobs="nprobe=8")
-    assert all_lists.recall.value == 1.0 > one.recall.value
+    assert all_lists.reached[0].at_10.value == 1.0 > one.reached[0].at_10.value
     queries = table.vectors("text")[:50]
     found = Searcher(tmp_path / "all").neighbours(queries, 5)
     assert np.array_equal(found.ids, exact(table, queries, 5)[0])
@@ -184,7 +185,7 @@ def test_knobs_are_kept_and_raise_recall(table, tmp_path):
 @pytest.mark.parametrize("modalities", [("image",), ("image", "text")])
 def test_tiny_tables_can_be_indexed(tmp_path, rows, modalities):
     table = make_table(tmp_path / "table", rows=rows, modalities=modalities)
-    assert build_index(table, tmp_path / "index").recall.value == 1.0
+    assert build_index(table, tmp_path / "index").reached[0].at_10.value == 1.0
     found = Searcher(tmp_path / "index").search(table.vectors("image"), 10)
     assert found.ids.shape == (rows, rows)
     assert found.ids[:, 0].tolist() == [3 * row + 5 for row in range(rows)]
@@ -193,7 +194,7 @@ def test_tiny_tables_can_be_indexed(tmp_path, rows, modalities):
 def test_equal_vectors_count_for_each_other(tmp_path):
     table = make_table(tmp_path / "table", rows=60, duplicates=True)
     card = build_index(table, tmp_path / "index", factory="HNSW8")
-    assert card.recall.value == 1.0
+    assert card.reached[0].at_10.value == 1.0
     found = Searcher(tmp_path / "index").neighbours(table.vectors("image")[:3], 60)
     assert all(len(set(ids)) == 60 for ids in found.ids)
 

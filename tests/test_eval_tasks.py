@@ -7,9 +7,9 @@ from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
 
 from eval.compare import compare
 from eval.embed import EmbeddedRows, write_table
-from eval.index import build_index
+from eval.index.build import build_index
 from eval.results import Report, format_table
-from eval.search import Searcher
+from eval.search.searcher import Searcher
 from eval.tasks import DIRECTIONS, TASKS, composed_retrieval, retrieval, zero_shot
 
 

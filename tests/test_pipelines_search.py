@@ -17,7 +17,7 @@ from pyarrow import parquet
 import align
 from align.bundle import fingerprint, save
 from align.fusion import FUSION_HEADS
-from eval.search import Searcher
+from eval.search.searcher import Searcher
 from pipelines import pretrain
 from pipelines.cli import VERBS, main, parse
 from pipelines.config import build

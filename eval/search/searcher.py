@@ -1,26 +1,21 @@
 """Search in an index folder: vectors in, full lists of hits with their metadata out."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
-from pyarrow import parquet
 
-from eval.index import exact_neighbours, open_index
+from eval.index.folder import open_index
+from eval.index.recall import exact_neighbours
 from eval.metrics import check_rows
 from eval.table import unit_rows
 
 SampleId = int | np.integer
 """A stable sample id, as Python or NumPy count."""
-
-_BLOCK = 65_536
-"""Vectors decoded at a time where a list has to be completed by exact search."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,14 @@ class Searcher:
     def __init__(self, folder: Path | str, *, check: Literal["sha256", "sizes"] = "sha256") -> None:
         opened = open_index(folder, check=check)
         self.card = opened.card
+        self.rows = opened.rows
         self._index = opened.index
-        self._metadata_path = opened.metadata_path
-        self.ids: Int64[ndarray, " rows"] = (
-            parquet.ParquetFile(opened.metadata_path).read(columns=["id"])["id"].to_numpy()
-        )
+        self._removed = opened.removed
+
+    @property
+    def ids(self) -> Int64[ndarray, " rows"]:
+        """The sample id of each row, ascending."""
+        return self.rows.ids
 
     def search(
         self,
@@ -120,7 +118,7 @@ class Searcher:
         k = min(k, self.card.rows)
         ids = np.full((len(vectors), k), -1, dtype=np.int64)
         scores = np.full((len(vectors), k), -np.inf, dtype=np.float32)
-        banned = [self.row_numbers(some) for some in exclude or [()] * len(vectors)]
+        banned = [self.rows.held(some) for some in exclude or [()] * len(vectors)]
         if len(vectors):
             deepest = min(self.card.rows, k + max(len(rows) for rows in banned))
             all_scores, all_rows = self._full_lists(unit_rows(vectors), deepest)
@@ -136,24 +134,10 @@ class Searcher:
         Raises:
             ValueError: The index does not hold one of them.
         """
-        rows = self._places(ids)
+        rows = self.rows.places(ids)
         if (rows < 0).any():
             raise ValueError(f"the index holds no sample with id {ids[np.argmin(rows)]}")
-        return self._metadata.take(pa.array(rows)).to_pylist()
-
-    def row_numbers(self, ids: Collection[SampleId]) -> Int64[ndarray, " held"]:
-        """Row numbers of those of the sample ids that the index holds, each once."""
-        rows = self._places(np.unique(np.array(list(ids), dtype=np.int64)))
-        return rows[rows >= 0]
-
-    @cached_property
-    def _metadata(self) -> pa.Table:
-        return parquet.ParquetFile(self._metadata_path).read()
-
-    def _places(self, ids: Int64[ndarray, " some"]) -> Int64[ndarray, " some"]:
-        """Row numbers of sample ids, -1 for those that the index does not hold."""
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[rows] == ids, rows, -1)
+        return self.rows.metadata(rows)
 
     def _full_lists(
         self, queries: Float32[ndarray, "queries dim"], k: int
@@ -161,9 +145,5 @@ class Searcher:
         scores, rows = self._index.search(queries, k)
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):
-            scores[short], rows[short] = exact_neighbours(queries[short], self._stored(), k)
+            scores[short], rows[short] = exact_neighbours(queries[short], self.rows.blocks(), k)
         return scores, rows
-
-    def _stored(self) -> Iterator[Float32[ndarray, "_ dim"]]:
-        for start in range(0, self.card.rows, _BLOCK):
-            yield self._index.reconstruct_n(start, min(_BLOCK, self.card.rows - start))

@@ -1,0 +1,217 @@
+"""An index folder: its files written beside the card, opened only when they agree with it."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+from numpy import ndarray
+
+from eval.cards import file_sha256
+from eval.index.card import IndexCard, Source
+from eval.index.rows import ARROW_ROWS, IndexRows
+from eval.table import EmbeddingTable
+
+
+@dataclass(frozen=True)
+class OpenIndex:
+    """An index that was checked on opening.
+
+    Attributes:
+        folder: Where it lies.
+        card: What the folder says of it.
+        index: The FAISS index, its knobs set.
+        rows: What its vectors stand for.
+        removed: Numbers of the rows that no search may find, ascending.
+    """
+
+    folder: Path
+    card: IndexCard
+    index: faiss.Index
+    rows: IndexRows
+    removed: Int64[ndarray, " removed"]
+
+
+def open_index(
+    folder: Path | str,
+    *,
+    check: Literal["sha256", "sizes"] = "sha256",
+    memory_map: bool = False,
+) -> OpenIndex:
+    """Open an index and compare its files with its card.
+
+    Args:
+        folder: The index folder.
+        check: `sha256` reads every file once and compares; `sizes` only compares counts.
+        memory_map: Leave the FAISS index on disk, for one that is larger than the memory; FAISS
+            maps inverted lists and flat codes, and reads other kinds whole.
+
+    Raises:
+        FileNotFoundError: There is no index, or one of its files is missing.
+        ValueError: A file was changed or does not fit the card; the line names it.
+    """
+    folder = Path(folder)
+    card = IndexCard.load(folder)
+    for name, expected in card.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: this file of the index is missing; build it again")
+        if check == "sha256" and file_sha256(path) != expected:
+            raise ValueError(f"{path}: changed since it was written; build the index again")
+    path = folder / card.index_file
+    index = read_faiss(path, memory_map=memory_map or card.lists_file is not None)
+    if (index.ntotal, index.d) != (card.rows, card.dim):
+        raise ValueError(
+            f"{path}: holds {index.ntotal} vectors of {index.d}, index.json says {card.rows} of "
+            f"{card.dim}; build the index again"
+        )
+    set_knobs(index, card.knobs)
+    try:
+        rows = IndexRows(folder, card.sources, index)
+    except (pa.ArrowInvalid, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: damaged ({error}); build the index again") from error
+    if len(rows.ids) != card.rows or len(rows) != card.rows:
+        raise ValueError(
+            f"{folder}: {len(rows.ids)} ids for {card.rows} vectors; build the index again"
+        )
+    removed = np.empty(0, np.int64)
+    if card.removed_file:
+        removed = np.load(folder / card.removed_file, allow_pickle=False)
+    if len(removed) != card.removed:
+        raise ValueError(
+            f"{folder / card.removed_file!s}: lists {len(removed)} removed rows, index.json says "
+            f"{card.removed}; build the index again"
+        )
+    return OpenIndex(folder, card, index, rows, removed)
+
+
+def read_faiss(path: Path, *, memory_map: bool = False) -> faiss.Index:
+    """Read a FAISS index; lists beside it are looked for in its own folder."""
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR if memory_map else 0
+    return faiss_call(f"{path}", lambda: faiss.read_index(str(path), flags))
+
+
+def set_knobs(index: faiss.Index, knobs: str) -> None:
+    """Set FAISS search parameters, such as `nprobe=16,k_factor_rf=4`.
+
+    Raises:
+        ValueError: FAISS does not know one of them.
+    """
+    if knobs:
+        space = faiss.ParameterSpace()
+        faiss_call(f"index knobs {knobs!r}", lambda: space.set_index_parameters(index, knobs))
+
+
+def take_rows(table: EmbeddingTable, modality: str, folder: Path, *, number: int, first_id: int,
+              first_part: int) -> Source:  # fmt: skip
+    """Put a table's vectors and metadata into an index folder, as its source of that number.
+
+    The files of a table are never written to again, so they are linked where both lie on one file
+    system, and copied where not.
+
+    Args:
+        table: Where the rows come from.
+        modality: Which embeddings.
+        folder: The index folder, finished or not.
+        number: How many sources there are before.
+        first_id: Id of the table's sample 0.
+        first_part: How many `.npy` files there are before.
+    """
+    vectors, metadata = [], []
+    parts = zip(table.vector_paths(modality), table.metadata_paths, strict=True)
+    for part, (vector_path, metadata_path) in enumerate(parts, first_part):
+        kind = vector_path.parent.name
+        vectors.append(f"{kind}/{kind}_{part}.npy")
+        metadata.append(f"metadata/metadata_{part}.parquet")
+        link(vector_path, folder / vectors[-1])
+        link(metadata_path, folder / metadata[-1])
+    arrow, id_file = f"rows-{number}.arrow", f"ids-{number}.npy"
+    ids = _write_arrow(table, folder / arrow) + first_id
+    with (folder / id_file).open("wb") as file:
+        np.save(file, ids)
+    return Source(
+        data=table.card.fingerprints.get("data", ""),
+        table=table.fingerprint,
+        first_id=first_id,
+        ids=int(ids[-1]) - first_id + 1,
+        rows=table.rows,
+        origin=table.card.origin,
+        vectors=tuple(vectors),
+        metadata=tuple(metadata),
+        arrow=arrow,
+        id_file=id_file,
+    )
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def with_checksums(card: IndexCard, folder: Path) -> IndexCard:
+    """The card with the SHA-256 of every file that it names; known ones are not read again."""
+    names = [name for source in card.sources for name in source.names]
+    names += [n for n in (card.index_file, card.lists_file, card.removed_file) if n is not None]
+    known = card.files
+    files = {name: known.get(name) or file_sha256(folder / name) for name in names}
+    return replace(card, files=files)
+
+
+def commit(card: IndexCard, folder: Path) -> IndexCard:
+    """Make a change of an index final: replace the card, then remove the files it names no more.
+
+    A process that has the index open keeps what it has mapped.
+    """
+    before = IndexCard.load(folder)
+    card = with_checksums(card, folder)
+    card.save(folder)
+    for name in set(before.files) - set(card.files):
+        (folder / name).unlink(missing_ok=True)
+    return card
+
+
+def faiss_call(what: str, call: Callable[[], Any]) -> Any:
+    """Run a FAISS call; its errors, many lines with C++ names, become one."""
+    try:
+        return call()
+    except RuntimeError as error:
+        line = " ".join(str(error).split())
+        said = line.rsplit(" failed: ", 1)[-1] if " failed: " in line else line.rsplit(": ", 1)[-1]
+        raise ValueError(f"{what}: FAISS says: {said}") from error
+
+
+def _write_arrow(table: EmbeddingTable, path: Path) -> Int64[ndarray, " rows"]:
+    """Write the metadata in batches of `ARROW_ROWS`; return the sample ids."""
+    schema = table.metadata_schema()
+    ids = []
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in _batches(table.metadata_parts(schema)):
+            ids.append(batch["id"].to_numpy())
+            writer.write_table(batch, max_chunksize=ARROW_ROWS)
+    return np.concatenate(ids)
+
+
+def _batches(parts: Iterable[pa.Table]) -> Iterable[pa.Table]:
+    """Tables of `ARROW_ROWS` rows, the last one with what is left."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += len(part)
+        if count >= ARROW_ROWS:
+            whole = pa.concat_tables(waiting)
+            full = count - count % ARROW_ROWS
+            for start in range(0, full, ARROW_ROWS):
+                yield whole.slice(start, ARROW_ROWS).combine_chunks()
+            waiting, count = [whole.slice(full)], count - full
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()

@@ -1,0 +1,1 @@
+"""Search in an index: vectors in, full lists of hits with their metadata out."""
