@@ -1,4 +1,4 @@
-"""Queries: words and pictures with weights, alone, added, subtracted or fused, as one vector each."""
+"""Queries: weighted words and pictures, added, subtracted or fused, as one vector each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
