@@ -1,31 +1,60 @@
-"""Building an index: trained on a sample, filled part by part, measured, written whole."""
+"""Building an index: trained on a sample, filled part by part, tuned, measured, written whole."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from numpy import ndarray
 
 from align.folders import whole_folder
-from eval.index.card import IndexCard
+from eval.index.blocks import blocks
+from eval.index.card import IndexCard, Reached, Speed
 from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums
-from eval.index.recall import draw_queries, reached, speed
+from eval.index.recall import Queries, draw_queries, measured_costs, reached, speed
+from eval.index.tune import tune
 from eval.table import EmbeddingTable
 
 Progress = Callable[[str, int, int], None]
 """Told of long work: what it is, how much is done, of how much."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """An index after tuning: the facts that its card states of it.
+
+    Attributes:
+        knobs: The search parameters, set on the index.
+        tuned_for: The kind of queries they were tuned on; None where they were given.
+        target_recall: What was tuned for; None where knobs were given.
+        reached: By kind of query, on queries that tuning has not seen.
+        speed: At one thread and at all.
+        costs: Seconds, for the planner of filtered search.
+        tune_seconds: What tuning took, its exact answers included.
+    """
+
+    knobs: str
+    tuned_for: str | None
+    target_recall: float | None
+    reached: tuple[Reached, ...]
+    speed: tuple[Speed, ...]
+    costs: dict[str, float]
+    tune_seconds: float
+
+
 def build_index(
     table: EmbeddingTable,
     out: Path | str,
     *,
-    factory: str = "Flat",
+    factory: str = "auto",
     knobs: str = "",
     modality: str = "image",
+    queries: str | None = None,
+    target_recall: float = 0.95,
+    max_bytes: int | None = None,
     train_rows: int = 262_144,
     query_count: int = 1000,
     seed: int = 0,
@@ -33,53 +62,62 @@ def build_index(
 ) -> IndexCard:
     """Build an index of one modality of a table; the folder appears whole or not at all.
 
-    Memory is the index, `train_rows` vectors while training, then one part of the table.
+    Memory is the index, at most `train_rows` vectors while training, then one block of the table.
 
     Args:
         table: Where the vectors come from.
         out: The index folder; an index that is there is replaced.
-        factory: FAISS factory string. Vectors have unit length, scores are cosines.
-        knobs: Search parameters kept with the index, comma separated (`nprobe=16`).
+        factory: FAISS factory string, or `auto`. Vectors have unit length, scores are cosines.
+        knobs: Search parameters kept with the index, comma separated (`nprobe=16`); tuned where
+            there are none.
         modality: Which embeddings to index.
+        queries: The kind of queries to tune for, as :func:`draw_queries` names them; by default
+            the one that :func:`kind_asked` tells.
+        target_recall: Recall@10 against exact search that tuning aims at.
+        max_bytes: Most that the FAISS index may take, in memory as on disk.
         train_rows: At most so many rows, drawn at random, train the index.
-        query_count: How many queries of each kind measure it.
+        query_count: How many queries of each kind are drawn; half of them tune, half measure.
         seed: Draws the rows for training and the queries.
         progress: Told of long work.
 
     Raises:
-        ValueError: An option is out of range, `out` holds something else, or FAISS refuses the
-            factory string, the knobs, or the number of rows.
+        ValueError: An option is out of range, `out` holds something else, a vector is not finite,
+            or FAISS refuses the factory string, the knobs, or the number of rows.
     """
     out = Path(out)
     refuse_strangers(out)
-    if train_rows < 1 or query_count < 1:
-        raise ValueError(
-            f"train_rows {train_rows} and query_count {query_count} must be at least 1"
-        )
+    _check_options(train_rows, query_count, target_recall)
     generator = np.random.default_rng(seed)
     started = time.perf_counter()
-    training = table.vectors(modality, _draw(generator, table.rows, train_rows))
-    index = filled(table, modality, factory, training, progress=progress)
-    set_knobs(index, knobs)
+    if factory == "auto":
+        factory = "Flat"
+    training = training_vectors(table, modality, count=train_rows, generator=generator)
+    index = trained(table.card.dim, factory, training, progress=progress)
+    del training
+    add_parts(index, table, modality, range(len(table.card.parts)), progress=progress)
     seconds = time.perf_counter() - started
     asked = draw_queries(table, modality, count=query_count, generator=generator)
+    facts = finished(
+        index, table, modality, knobs=knobs, queries=queries, target_recall=target_recall,
+        drawn=asked, progress=progress,
+    )  # fmt: skip
     with whole_folder(out) as folder:
         faiss.write_index(index, str(folder / "index.faiss"))
         source = take_rows(table, modality, folder, number=0, first_id=0, first_part=0)
         card = IndexCard(
             factory=factory,
-            knobs=knobs,
-            tuned_for=None,
-            target_recall=None,
+            knobs=facts.knobs,
+            tuned_for=facts.tuned_for,
+            target_recall=facts.target_recall,
             modality=modality,
             rows=table.rows,
             removed=0,
             dim=table.card.dim,
             bytes_per_vector=(folder / "index.faiss").stat().st_size / table.rows,
-            build_seconds=seconds,
-            reached=reached(index, table, modality, asked),
-            speed=tuple(speed(index, next(iter(asked.values())).vectors)),
-            costs={},
+            build_seconds=seconds + facts.tune_seconds,
+            reached=facts.reached,
+            speed=facts.speed,
+            costs=facts.costs,
             fingerprints={k: v for k, v in table.card.fingerprints.items() if k != "data"},
             sources=(source,),
         )
@@ -88,34 +126,149 @@ def build_index(
     return card
 
 
-def filled(
-    table: EmbeddingTable,
-    modality: str,
+def training_vectors(
+    table: EmbeddingTable, modality: str, *, count: int, generator: np.random.Generator
+) -> Float32[ndarray, "some dim"]:
+    """At most so many rows of a table, drawn at random, of unit length.
+
+    Raises:
+        ValueError: One of them has no direction; names its file and row.
+    """
+    rows = generator.choice(table.rows, size=min(table.rows, count), replace=False)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = table.vectors(modality, np.sort(rows))
+    if not np.isfinite(found).all():
+        for _ in blocks(table, modality):  # the check names them
+            pass
+    return found
+
+
+def trained(
+    dim: int,
     factory: str,
     training: Float32[ndarray, "some dim"],
     *,
     progress: Progress | None = None,
 ) -> faiss.Index:
-    """A FAISS index that is trained on these vectors and holds all rows of a table.
+    """An empty FAISS index that is trained on these vectors.
 
     Raises:
         ValueError: FAISS refuses the factory string or the number of training rows.
     """
     what = f"index factory {factory!r}"
-    index = faiss_call(
-        what, lambda: faiss.index_factory(table.card.dim, factory, faiss.METRIC_INNER_PRODUCT)
-    )
+    index = faiss_call(what, lambda: faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT))
     if not index.is_trained:
         if progress:
             progress("train", 0, 1)
         faiss_call(what, lambda: index.train(training))
         if progress:
             progress("train", 1, 1)
-    for part in table.parts(modality):
-        faiss_call(what, lambda part=part: index.add(part))
-        if progress:
-            progress("add", index.ntotal, table.rows)
     return index
+
+
+def add_parts(
+    index: faiss.Index,
+    table: EmbeddingTable,
+    modality: str,
+    parts: range,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Add these parts of a table to a trained index, in order, a block at a time.
+
+    Raises:
+        ValueError: A vector has no direction (NaN, infinity, zeros), named by file and row; or
+            FAISS refuses to add.
+    """
+    rows = sum(table.card.parts[number].rows for number in parts)
+    before = index.ntotal
+    for block in blocks(table, modality, parts):
+        faiss_call("index", lambda block=block: index.add(block))
+        if progress:
+            progress("add", index.ntotal - before, rows)
+
+
+def finished(
+    index: faiss.Index,
+    table: EmbeddingTable,
+    modality: str,
+    *,
+    knobs: str = "",
+    queries: str | None = None,
+    target_recall: float = 0.95,
+    query_count: int = 1000,
+    seed: int = 0,
+    drawn: dict[str, Queries] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Tune a filled index, leave the knobs set on it, and measure what it reaches.
+
+    Args:
+        index: Holds all rows of the table, in order.
+        table: Its rows.
+        modality: Which embeddings are in the index.
+        knobs: Search parameters; tuned where there are none.
+        queries: The kind of queries to tune for.
+        target_recall: Recall@10 to tune for.
+        query_count: How many queries of each kind are drawn; half of them tune, half measure. All
+            measure where there is nothing to tune.
+        seed: Draws the queries.
+        drawn: Queries of every kind, where they were drawn before.
+        progress: Told of long work.
+
+    Raises:
+        ValueError: FAISS does not know a knob, or the table allows no queries of that kind.
+    """
+    started = time.perf_counter()
+    if knobs:
+        set_knobs(index, knobs)
+    if drawn is None:
+        if progress:
+            progress("exact answers", 0, 1)
+        generator = np.random.default_rng(seed)
+        drawn = draw_queries(table, modality, count=query_count, generator=generator)
+    kind = kind_asked(drawn, modality, queries)
+    tuned = None
+    held_out = drawn
+    if not knobs and len(drawn[kind].vectors) > 1:
+        if progress:
+            progress("tune", 0, 1)
+        tuned = tune(index, table, modality, drawn[kind].some(slice(0, None, 2)), target_recall)
+        if tuned.knobs:
+            held_out = {name: one.some(slice(1, None, 2)) for name, one in drawn.items()}
+            set_knobs(index, tuned.knobs)
+    tune_seconds = time.perf_counter() - started
+    if progress:
+        progress("measure", 0, 1)
+    reach = reached(index, table, modality, held_out)
+    measured = tuple(speed(index, drawn[kind].vectors))
+    if progress:
+        progress("measure", 1, 1)
+    return Measured(
+        knobs=tuned.knobs if tuned else knobs,
+        tuned_for=kind if tuned else None,
+        target_recall=target_recall if tuned else None,
+        reached=reach,
+        speed=measured,
+        costs=measured_costs(table, modality, measured, np.random.default_rng(seed)),
+        tune_seconds=tune_seconds,
+    )
+
+
+def kind_asked(drawn: dict[str, Queries], modality: str, queries: str | None) -> str:
+    """The kind to tune for: the one named, else texts, or images where texts are indexed.
+
+    Raises:
+        ValueError: The table allows no queries of that kind.
+    """
+    if queries is None:
+        wanted = "image" if modality == "text" else "text"
+        return wanted if wanted in drawn else next(iter(drawn))
+    if queries not in drawn:
+        raise ValueError(
+            f"queries {queries!r}: this table allows only queries of {' and '.join(drawn)}"
+        )
+    return queries
 
 
 def refuse_strangers(out: Path) -> None:
@@ -128,5 +281,10 @@ def refuse_strangers(out: Path) -> None:
         raise ValueError(f"{out}: holds something other than an index; choose another folder")
 
 
-def _draw(generator: np.random.Generator, rows: int, count: int) -> Int64[ndarray, " drawn"]:
-    return np.sort(generator.choice(rows, size=min(rows, count), replace=False))
+def _check_options(train_rows: int, query_count: int, target_recall: float) -> None:
+    if train_rows < 1 or query_count < 1:
+        raise ValueError(
+            f"train_rows {train_rows} and query_count {query_count} must be at least 1"
+        )
+    if not 0 < target_recall <= 1:
+        raise ValueError(f"target_recall {target_recall} must be above 0 and at most 1")

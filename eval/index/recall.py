@@ -10,13 +10,17 @@ from faiss.contrib.exhaustive_search import knn_ground_truth
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from eval.index.blocks import blocks
 from eval.index.card import DEPTHS, Reached, Speed
 from eval.intervals import bootstrap_mean
+from eval.metrics import check_rows
 from eval.results import Figure
 from eval.table import EmbeddingTable, unit_rows
 
 _TIE = 1e-6
 """Scores this near are equal: float32 products differ by as much between two kinds of search."""
+_SECONDS = 0.5
+"""How long a batch for timing takes at most, about."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,11 @@ def draw_queries(
         drawn["fused"] = unit_rows(has["image"] + has["text"][other]), rows, none
     elif "fused" in has:
         drawn["fused"] = has["fused"], rows, none
-    answers = answer_exactly({kind: one[:2] for kind, one in drawn.items()}, table.parts(modality))
+    for kind, one in drawn.items():
+        check_rows(one[0], f"{table.folder}: {kind} queries'")
+    answers = answer_exactly(
+        {kind: one[:2] for kind, one in drawn.items()}, blocks(table, modality)
+    )
     return {
         kind: Queries(kind, vectors, own, right, *answers[kind])
         for kind, (vectors, own, right) in drawn.items()
@@ -125,10 +133,13 @@ def _first_others(rows: ndarray, own: ndarray, depth: int) -> ndarray:
     return np.argsort(is_own, axis=1, kind="stable")[:, :depth]
 
 
-def found_by(index: faiss.Index, queries: Queries) -> Int64[ndarray, "queries depth"]:
-    """Rows that an index answers with, without each query's own; -1 ends a short list."""
-    depth = queries.rows.shape[1]
-    _, rows = index.search(queries.vectors, depth + bool((queries.own >= 0).any()))
+def found_by(index: faiss.Index, queries: Queries, depth: int) -> Int64[ndarray, "queries depth"]:
+    """The first rows that an index answers with, without each query's own; -1 ends a short list.
+
+    The index is asked for no more than these: asked for more, graphs and refinements look further.
+    """
+    has_own = bool((queries.own >= 0).any())
+    _, rows = index.search(queries.vectors, depth + has_own)
     own = np.where(queries.own >= 0, queries.own, -2)
     return np.take_along_axis(rows, _first_others(rows, own, depth), axis=1)
 
@@ -156,45 +167,73 @@ def reached(
     index: faiss.Index, table: EmbeddingTable, modality: str, queries: Mapping[str, Queries]
 ) -> tuple[Reached, ...]:
     """Measure an index, as it is set, for each kind of query."""
-    measured = []
-    for kind, asked in queries.items():
-        depth = asked.rows.shape[1]
-        depths = [k for k in DEPTHS if k <= depth] or [depth]
-        if depth == 0:  # a single row, asked for its neighbours: nothing can be missed
-            whole = Figure.of("recall@10", bootstrap_mean(np.ones(len(asked.vectors))))
-            measured.append(Reached(kind, (whole,)))
-            continue
-        found = found_by(index, asked)
-        against = tuple(
-            Figure.of(f"recall@{k}", bootstrap_mean(shares(found, asked, table, modality, k)))
-            for k in depths
-        )
-        own_pair = {}
-        if (asked.right >= 0).all():
-            for how, rows in {"exact": asked.rows, "index": found}.items():
-                right = rows == asked.right[:, None]
-                own_pair[how] = tuple(
-                    Figure.of(f"recall@{k}", bootstrap_mean(right[:, :k].any(axis=1).astype(float)))
-                    for k in depths
-                )
-        measured.append(Reached(kind, against, own_pair))
-    return tuple(measured)
+    return tuple(_reached(index, table, modality, kind, asked) for kind, asked in queries.items())
+
+
+def _reached(
+    index: faiss.Index, table: EmbeddingTable, modality: str, kind: str, asked: Queries
+) -> Reached:
+    most = asked.rows.shape[1]
+    if most == 0:  # a single row, asked for its neighbours: nothing can be missed
+        return Reached(kind, (_figure(10, np.ones(len(asked.vectors))),))
+    against, by_exact, by_index = [], [], []
+    for k in [k for k in DEPTHS if k <= most] or [most]:
+        found = found_by(index, asked, k)
+        against.append(_figure(k, shares(found, asked, table, modality, k)))
+        right = asked.right[:, None]
+        by_exact.append(_figure(k, (asked.rows[:, :k] == right).any(axis=1)))
+        by_index.append(_figure(k, (found == right).any(axis=1)))
+    own_pair = {}
+    if (asked.right >= 0).all():
+        own_pair = {"exact": tuple(by_exact), "index": tuple(by_index)}
+    return Reached(kind, tuple(against), own_pair)
+
+
+def _figure(k: int, values: ndarray) -> Figure:
+    return Figure.of(f"recall@{k}", bootstrap_mean(values.astype(np.float64)))
 
 
 def speed(index: faiss.Index, vectors: Float32[ndarray, "queries dim"], k: int = 10) -> list[Speed]:
-    """Queries a second of batches, at one thread and at all; best of three."""
+    """Queries a second of batches, at one thread and at all; the best of three."""
     every = faiss.omp_get_max_threads()
     measured = []
     try:
         for threads in sorted({1, every}):
             faiss.omp_set_num_threads(threads)
-            index.search(vectors[:1], k)
-            taken = []
-            for _ in range(3):
-                started = time.perf_counter()
-                index.search(vectors, k)
-                taken.append(time.perf_counter() - started)
-            measured.append(Speed(threads, len(vectors) / min(taken)))
+            asked = vectors[: max(4, int(_SECONDS / _search_seconds(index, vectors[:4], k) * 4))]
+            taken = min(_search_seconds(index, asked, k) for _ in range(3))
+            measured.append(Speed(threads, len(asked) / taken))
     finally:
         faiss.omp_set_num_threads(every)
     return measured
+
+
+def measured_costs(
+    table: EmbeddingTable, modality: str, speeds: Iterable[Speed], generator: np.random.Generator
+) -> dict[str, float]:
+    """What the planner of filtered search weighs, in seconds at one thread.
+
+    `query_s` a query by the index; `exact_row_s` a row of an exact scan in row order over the
+    vectors on disk; `fetch_row_s` a row fetched by its number.
+    """
+    one = next(some for some in speeds if some.threads == 1)
+    query = np.ones(table.card.dim, np.float32)
+    started = time.perf_counter()
+    block = next(iter(blocks(table, modality)))
+    block @ query
+    scanned = time.perf_counter() - started
+    drawn = generator.integers(table.rows, size=min(1000, table.rows))
+    started = time.perf_counter()
+    table.vectors(modality, drawn)
+    fetched = time.perf_counter() - started
+    return {
+        "query_s": 1 / one.queries_per_second,
+        "exact_row_s": scanned / len(block),
+        "fetch_row_s": fetched / len(drawn),
+    }
+
+
+def _search_seconds(index: faiss.Index, vectors: ndarray, k: int) -> float:
+    started = time.perf_counter()
+    index.search(vectors, k)
+    return time.perf_counter() - started
