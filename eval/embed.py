@@ -2,17 +2,21 @@
 
 The layout is the one clip-retrieval and embedding-reader read:
 
-    img_emb/img_emb_0.npy      unit-length rows, float16 or float32
-    text_emb/text_emb_0.npy    the same rows of the other modality
-    metadata/metadata_0.parquet    id, key, caption, shard, and the samples' own fields
-    table.json                 what there is: parts, rows, fingerprints, checksums
+    img_emb/img_emb_00000.npy      unit-length rows, float16 or float32
+    text_emb/text_emb_00000.npy    the same rows of the other modality
+    metadata/metadata_00000.parquet    id, key, caption, shard, and the samples' own fields
+    parts/part_00000.json          what the part holds; written last, so it makes the part exist
+    table.json                     what there is: parts, rows, fingerprints, checksums
 
 Their only join is the order of the rows. Here every row also has the stable id of its sample, ids
-ascend through the table, and `table.json` holds the rows and the SHA-256 of every file.
+ascend through the table, and the cards hold the rows and the SHA-256 of every file. Part `p` holds
+the samples with ids from `p * rows_per_part` on, so that parts can be written in any order, by many
+processes, and again after a kill. Numbers have five digits because readers sort names as text.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +31,18 @@ from eval.metrics import check_rows
 from eval.table import (
     MODALITIES,
     EmbeddingTable,
-    Part,
+    PartCard,
     TableCard,
+    read_parts,
     unified_schema,
     unit_rows,
     verify_parts,
 )
 
+ROWS_PER_PART = 10_000
+"""Samples of a part unless stated: what a kill can cost, and files of 10 MB at a width of 512."""
+
+_MOST_PARTS = 100_000
 _COLUMNS = pa.schema(
     [("id", pa.int64()), ("key", pa.string()), ("caption", pa.string()), ("shard", pa.string())]
 )
@@ -62,18 +71,24 @@ class EmbeddedRows:
 
 
 class TableWriter:
-    """Write a table part by part; after a kill a new writer goes on behind the last whole part.
+    """Write the parts of a table in any order; several writers may share a folder.
 
-    Batches may have any size: the parts, and every byte of them, depend on the rows alone.
+    How its rows come in batches does not matter: every byte of a part depends on the rows alone.
 
     Args:
-        out: The table's folder, new, empty, or an unfinished table with the same options.
+        out: The table's folder, new, empty, or a table begun with the same options.
         modalities: What every batch will bring.
         dim: Length of an embedding.
         fingerprints: Which model and data the rows are from.
         dtype: How vectors are stored.
-        rows_per_part: Rows of a part; two of them are held in memory at most.
+        rows_per_part: Part `p` holds the samples with ids from `p * rows_per_part` on, so many at
+            most; they are held in memory until they are written.
+        options: What else the rows depend on, as JSON values.
         origin: Free JSON values, kept in the table and copied to indexes built from it.
+
+    Attributes:
+        card: What the table is.
+        done: The cards of whole parts by number, of this writer and of those before it.
 
     Raises:
         ValueError: The folder holds something else, or a table begun with other options.
@@ -87,11 +102,11 @@ class TableWriter:
         dim: int,
         fingerprints: Mapping[str, str],
         dtype: Literal["float16", "float32"] = "float16",
-        rows_per_part: int = 100_000,
+        rows_per_part: int = ROWS_PER_PART,
+        options: Mapping[str, Any] | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(out)
-        self._pending: list[EmbeddedRows] = []
         self._schema = _COLUMNS
         wanted = TableCard(
             modalities=tuple(name for name in MODALITIES if name in modalities),
@@ -99,6 +114,7 @@ class TableWriter:
             dtype=dtype,
             rows_per_part=rows_per_part,
             fingerprints=dict(fingerprints),
+            options=dict(options or {}),
             origin=dict(origin or {}),
         )
         if len(wanted.modalities) != len(modalities) or not modalities:
@@ -107,52 +123,75 @@ class TableWriter:
             raise ValueError(f"dtype: {dtype!r}, but a table holds float16 or float32")
         if rows_per_part < 1 or dim < 1:
             raise ValueError(f"rows_per_part {rows_per_part} and dim {dim} must be at least 1")
-        self.card = self._resume(wanted)
+        self.card = self._begin(wanted)
+        self.done: dict[int, PartCard] = read_parts(self.folder)
 
-    @property
-    def rows_done(self) -> int:
-        """Rows in whole parts; later ones are not on disk yet."""
-        return self.card.rows
-
-    @property
-    def next_id(self) -> int:
-        """The least sample id that may come next, given the whole parts: where a source resumes."""
-        return self.card.parts[-1].last_id + 1 if self.card.parts else 0
-
-    def add(self, batch: EmbeddedRows) -> None:
-        """Take the next rows, and write the parts they fill.
+    def verify(self, numbers: Iterable[int]) -> None:
+        """Compare the files of whole parts with their cards, by SHA-256.
 
         Raises:
-            ValueError: Ids do not ascend, columns differ in length, a modality is missing or too
-                much, or a row has no direction (NaN, infinity, zeros); nothing of it is kept.
+            FileNotFoundError: A file is missing.
+            ValueError: A file was changed.
         """
-        self._check(batch)
-        if len(batch.ids) == 0:
-            return
-        self._pending.append(batch)
-        waiting = sum(len(rows.ids) for rows in self._pending)
-        while waiting >= self.card.rows_per_part:
-            merged = _merge(self._pending)
-            size = self.card.rows_per_part
-            self._write_part(_slice(merged, 0, size))
-            waiting -= size
-            self._pending = [_slice(merged, size, size + waiting)] if waiting else []
+        for number in numbers:
+            verify_parts(self.folder, [self.done[number].part], check="sha256")
+            if self.done[number].rows:
+                path = self.folder / self.done[number].part.path("metadata")
+                self._schema = unified_schema([self._schema, parquet.read_schema(path)])
+
+    def write(
+        self,
+        number: int,
+        batches: Sequence[EmbeddedRows],
+        facts: Mapping[str, Any] | None = None,
+    ) -> PartCard:
+        """Write a part, whole or not at all.
+
+        Args:
+            number: Which part.
+            batches: All of its rows; there may be none.
+            facts: Free JSON values for its card.
+
+        Raises:
+            ValueError: Ids do not ascend or are not of this part, columns differ in length, a
+                modality is missing or too much, a row has no direction (NaN, infinity, zeros), or a
+                field has another type than in an earlier part.
+        """
+        if not 0 <= number < _MOST_PARTS:
+            raise ValueError(
+                f"part {number}: a table has {_MOST_PARTS:,} parts at most; embed into a new "
+                "folder with more rows_per_part"
+            )
+        size = self.card.rows_per_part
+        last = number * size - 1
+        for batch in batches:
+            last = self._check(batch, last, (number + 1) * size)
+        batches = [batch for batch in batches if len(batch.ids)]
+        files = self._write_files(number, _merge(batches)) if batches else {}
+        rows = sum(len(batch.ids) for batch in batches)
+        card = PartCard(number, rows, last if rows else -1, files, dict(facts or {}))
+        # The part exists from here on: files without a card are overwritten by a resumed run.
+        card.save(self.folder)
+        self.done[number] = card
+        return card
 
     def finish(self) -> EmbeddingTable:
-        """Write the last, shorter part, mark the table complete and open it.
+        """Mark the table, all of whose parts are written, as complete, and open it.
 
         Raises:
-            ValueError: No row was ever added.
+            ValueError: There is no row, or a field has several types.
         """
-        if self._pending:
-            self._write_part(_merge(self._pending))
-            self._pending = []
-        if not self.card.parts:
+        self.done = read_parts(self.folder)
+        parts = tuple(card.part for card in self.done.values() if card.rows)
+        if not parts:
             raise ValueError(f"{self.folder}: no samples to embed")
-        self._save(complete=True)
+        paths = (self.folder / part.path("metadata") for part in parts)
+        unified_schema([parquet.read_schema(path) for path in paths])
+        self.card = replace(self.card, complete=True, parts=parts)
+        self.card.save(self.folder)
         return EmbeddingTable(self.folder, check="sizes")
 
-    def _resume(self, wanted: TableCard) -> TableCard:
+    def _begin(self, wanted: TableCard) -> TableCard:
         if not self.folder.exists() or not any(self.folder.iterdir()):
             self.folder.mkdir(parents=True, exist_ok=True)
             wanted.save(self.folder)
@@ -160,19 +199,19 @@ class TableWriter:
         if not (self.folder / "table.json").exists():
             raise ValueError(f"{self.folder}: holds other files; embed into a new folder")
         found = TableCard.load(self.folder)
-        for name in ("modalities", "dim", "dtype", "rows_per_part", "fingerprints"):
+        for name in ("modalities", "dim", "dtype", "rows_per_part", "fingerprints", "options"):
             there, here = getattr(found, name), getattr(wanted, name)
             if there != here:
+                if isinstance(there, dict):
+                    key = next(k for k in {**there, **here} if there.get(k) != here.get(k))
+                    name, there, here = f"{name}.{key}", there.get(key), here.get(key)
                 raise ValueError(
                     f"{self.folder}: begun with {name} {there}, now {here}; embed into a new folder"
                 )
-        verify_parts(self.folder, found.parts, check="sha256")
-        for number in range(len(found.parts)):
-            path = self.folder / f"metadata/metadata_{number}.parquet"
-            self._schema = unified_schema([self._schema, parquet.read_schema(path)])
         return found
 
-    def _check(self, batch: EmbeddedRows) -> None:
+    def _check(self, batch: EmbeddedRows, last: int, stop: int) -> int:
+        """See whether a batch may follow the id `last`; its own last id."""
         rows = len(batch.ids)
         columns = {"keys": batch.keys, "captions": batch.captions, "shards": batch.shards}
         if batch.fields is not None:
@@ -180,14 +219,9 @@ class TableWriter:
         for name, column in {**columns, **batch.embeddings}.items():
             if len(column) != rows:
                 raise ValueError(f"embedded rows: {rows} ids but {len(column)} of {name}")
-        last = self._pending[-1].ids[-1] if self._pending else self.next_id - 1
-        steps = np.diff(batch.ids, prepend=last)
-        if (steps < 1).any():
-            row = int(np.argmax(steps < 1))
-            raise ValueError(
-                f"embedded rows: sample id {batch.ids[row]} (key {batch.keys[row]!r}) comes after "
-                f"{batch.ids[row] - steps[row]}; ids must ascend, each once"
-            )
+        _check_order(batch, last)
+        if rows and batch.ids[-1] >= stop:
+            raise ValueError(f"embedded rows: sample id {batch.ids[-1]} is of a later part")
         if set(batch.embeddings) != set(self.card.modalities):
             given, known = sorted(batch.embeddings), sorted(self.card.modalities)
             raise ValueError(f"embedded rows: modalities {given}, but the table has {known}")
@@ -197,27 +231,23 @@ class TableWriter:
                 raise ValueError(f"{name} embeddings: {width} wide, the table {self.card.dim}")
             if rows:
                 check_rows(vectors, f"{name} (samples {batch.ids[0]} to {batch.ids[-1]})")
+        return int(batch.ids[-1]) if rows else last
 
-    def _write_part(self, rows: EmbeddedRows) -> None:
-        number = len(self.card.parts)
+    def _write_files(self, number: int, rows: EmbeddedRows) -> dict[str, str]:
+        """Write vectors and metadata; their SHA-256 by path."""
+        table = _metadata(rows)
+        self._schema = unified_schema([self._schema, table.schema])
         files = {}
         for name in self.card.modalities:
             folder = MODALITIES[name]
             vectors = unit_rows(rows.embeddings[name]).astype(self.card.dtype)
-            path = f"{folder}/{folder}_{number}.npy"
+            path = f"{folder}/{folder}_{number:05d}.npy"
             files[path] = write_whole(
                 self.folder / path, lambda file, vectors=vectors: np.save(file, vectors)
             )
-        table = _metadata(rows)
-        self._schema = unified_schema([self._schema, table.schema])
-        path = f"metadata/metadata_{number}.parquet"
+        path = f"metadata/metadata_{number:05d}.parquet"
         files[path] = write_whole(self.folder / path, lambda file: parquet.write_table(table, file))
-        # The part exists from here on: files without an entry are overwritten by a resumed run.
-        self._save(parts=(*self.card.parts, Part(len(rows.ids), int(rows.ids[-1]), files)))
-
-    def _save(self, **changes: Any) -> None:
-        self.card = TableCard(**{**vars(self.card), **changes})
-        self.card.save(self.folder)
+        return files
 
 
 def write_table(
@@ -234,21 +264,56 @@ def write_table(
     Args:
         out: The table's folder.
         batches: Called once with the least sample id that is not on disk yet; gives the samples
-            from that id on, in ascending order.
+            from that id on, in ascending order and batches of any size.
         modalities: As for :class:`TableWriter`, like the remaining arguments.
         dim: Length of an embedding.
         fingerprints: Which model and data the rows are from.
-        **options: `dtype`, `rows_per_part`, `origin` of :class:`TableWriter`.
+        **options: `dtype`, `rows_per_part`, `options`, `origin` of :class:`TableWriter`.
 
     Raises:
         ValueError: As :class:`TableWriter` and its methods.
     """
     writer = TableWriter(out, modalities=modalities, dim=dim, fingerprints=fingerprints, **options)
-    if writer.card.complete:
-        return EmbeddingTable(out, check="sizes")  # the writer has compared every checksum
-    for batch in batches(writer.next_id):
-        writer.add(batch)
-    return writer.finish()
+    writer.verify(writer.done)
+    if not writer.card.complete:
+        size = writer.card.rows_per_part
+        first = max(writer.done, default=-1) + 1
+        for number, part in _by_part(batches(first * size), first * size - 1, size):
+            writer.write(number, part)
+        writer.finish()
+    return EmbeddingTable(out, check="sizes")  # the writer has compared every checksum
+
+
+def _by_part(
+    batches: Iterable[EmbeddedRows], last: int, size: int
+) -> Iterator[tuple[int, list[EmbeddedRows]]]:
+    """Batches cut where parts begin; each part that has rows, by its number."""
+    number, waiting = -1, []
+    for batch in batches:
+        _check_order(batch, last)
+        numbers = batch.ids // size
+        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(batch.ids)]
+        for start, stop in pairwise(cuts):
+            if start == stop:
+                continue
+            if waiting and numbers[start] != number:
+                yield number, waiting
+                waiting = []
+            number = int(numbers[start])
+            waiting.append(_slice(batch, start, stop))
+            last = int(batch.ids[stop - 1])
+    if waiting:
+        yield number, waiting
+
+
+def _check_order(batch: EmbeddedRows, last: int) -> None:
+    steps = np.diff(batch.ids, prepend=last)
+    if (steps < 1).any():
+        row = int(np.argmax(steps < 1))
+        raise ValueError(
+            f"embedded rows: sample id {batch.ids[row]} (key {batch.keys[row]!r}) comes after "
+            f"{batch.ids[row] - steps[row]}; ids must ascend, each once"
+        )
 
 
 def _metadata(rows: EmbeddedRows) -> pa.Table:

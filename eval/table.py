@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from eval.cards import file_sha256, read_card, write_card
 
-TABLE_VERSION = 1
-"""Version of `table.json`; a reader refuses any other."""
+TABLE_VERSION = 2
+"""Version of `table.json` and of the parts' cards; a reader refuses any other."""
 
 MODALITIES = {"image": "img_emb", "text": "text_emb", "fused": "fused_emb"}
 """What can be embedded, and the folder it lies in; `fused` is a picture with its words."""
@@ -24,11 +24,73 @@ MODALITIES = {"image": "img_emb", "text": "text_emb", "fused": "fused_emb"}
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a table: its rows, the last sample id in it, and its files' SHA-256 by path."""
+    """One part of a table: its rows, the last sample id in it, and its files' SHA-256 by path.
+
+    The files are one `.npy` for each modality in the folder of :data:`MODALITIES`, and one Parquet
+    file in `metadata/`.
+    """
 
     rows: int
     last_id: int
     files: dict[str, str]
+
+    def path(self, folder: str) -> str:
+        """The part's file in one of the table's folders."""
+        return next(name for name in self.files if name.startswith(f"{folder}/"))
+
+
+@dataclass(frozen=True)
+class PartCard:
+    """The content of `parts/part_NNNNN.json`, whose appearance makes the part exist.
+
+    Attributes:
+        number: Which part of the table.
+        rows: Rows in it; there may be none, and then there are no files.
+        last_id: The last sample id in it; -1 where there are no rows.
+        files: SHA-256 of its files by their path in the table.
+        facts: Free JSON values, such as what was left out and how long it took.
+    """
+
+    number: int
+    rows: int
+    last_id: int
+    files: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def part(self) -> Part:
+        """What the table's card says of it."""
+        return Part(self.rows, self.last_id, self.files)
+
+    def save(self, folder: Path) -> None:
+        """Write the card whole into a table's folder."""
+        write_card(folder / part_path(self.number), TABLE_VERSION, asdict(self))
+
+
+def part_path(number: int) -> str:
+    """Where the card of a part lies in its table."""
+    return f"parts/part_{number:05d}.json"
+
+
+def read_parts(folder: Path) -> dict[int, PartCard]:
+    """The cards of all whole parts by number, ascending.
+
+    Raises:
+        ValueError: One of them is damaged, of another version, or lies under another's name.
+    """
+    found = {}
+    for path in sorted((folder / "parts").glob("part_*.json")):
+        card = read_card(
+            path,
+            version=TABLE_VERSION,
+            kind="part of a table",
+            again="remove it and embed again, which makes this part anew",
+            read=lambda value: PartCard(**value),
+        )
+        if path != folder / part_path(card.number):
+            raise ValueError(f"{path}: is the card of part {card.number}; embed again")
+        found[card.number] = card
+    return found
 
 
 @dataclass(frozen=True)
@@ -39,11 +101,13 @@ class TableCard:
         modalities: What was embedded, in a fixed order.
         dim: Length of a row.
         dtype: `float16` or `float32`.
-        rows_per_part: Rows of every part but the last.
+        rows_per_part: Part `p` holds the samples with ids from `p * rows_per_part` on, so many at
+            most.
         fingerprints: Which model and data the rows are from; a resumed run must have the same.
+        options: What else the rows depend on, as JSON values; likewise.
         origin: Free JSON values for the reader, such as where model and data lie.
-        complete: Whether the last row was written.
-        parts: The parts in order.
+        complete: Whether all parts were written.
+        parts: The parts that have rows, in order; none before all are written.
     """
 
     modalities: tuple[str, ...]
@@ -51,6 +115,7 @@ class TableCard:
     dtype: str
     rows_per_part: int
     fingerprints: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
     parts: tuple[Part, ...] = ()
@@ -104,9 +169,10 @@ class EmbeddingTable:
         self.folder = Path(folder)
         self.card = TableCard.load(self.folder)
         if not self.card.complete:
+            rows = sum(part.rows for part in read_parts(self.folder).values())
             raise ValueError(
-                f"{self.folder}: unfinished, {self.card.rows} rows so far; run the same embedding "
-                "again to complete it"
+                f"{self.folder}: unfinished, {rows} rows so far; run the same embedding again to "
+                "complete it"
             )
         verify_parts(self.folder, self.card.parts, check=check)
 
@@ -125,8 +191,7 @@ class EmbeddingTable:
     @property
     def metadata_paths(self) -> list[Path]:
         """The Parquet files, in row order."""
-        numbers = range(len(self.card.parts))
-        return [self.folder / f"metadata/metadata_{number}.parquet" for number in numbers]
+        return [self.folder / part.path("metadata") for part in self.card.parts]
 
     def vector_paths(self, modality: str) -> list[Path]:
         """The `.npy` files of a modality, in row order.
@@ -139,9 +204,7 @@ class EmbeddingTable:
                 f"{self.folder}: holds no {modality} embeddings, only "
                 f"{' and '.join(self.card.modalities)}"
             )
-        folder = MODALITIES[modality]
-        numbers = range(len(self.card.parts))
-        return [self.folder / f"{folder}/{folder}_{number}.npy" for number in numbers]
+        return [self.folder / part.path(MODALITIES[modality]) for part in self.card.parts]
 
     def parts(self, modality: str) -> Iterator[Float32[ndarray, "rows dim"]]:
         """Yield the unit-length rows part by part, each in memory only while it is used."""

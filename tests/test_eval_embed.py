@@ -61,11 +61,11 @@ def contents(folder):
 
 def test_the_layout_is_the_one_clip_retrieval_reads(tmp_path):
     table = write(tmp_path / "t", batches(4))
-    images = [np.load(tmp_path / f"t/img_emb/img_emb_{n}.npy") for n in range(3)]
+    images = [np.load(tmp_path / f"t/img_emb/img_emb_{n:05}.npy") for n in range(3)]
     assert [part.shape for part in images] == [(10, DIM), (10, DIM), (3, DIM)]
     assert images[0].dtype == np.float16
-    assert np.load(tmp_path / "t/text_emb/text_emb_2.npy").shape == (3, DIM)
-    metadata = parquet.read_table(tmp_path / "t/metadata/metadata_1.parquet").to_pylist()
+    assert np.load(tmp_path / "t/text_emb/text_emb_00002.npy").shape == (3, DIM)
+    metadata = parquet.read_table(tmp_path / "t/metadata/metadata_00001.parquet").to_pylist()
     assert metadata[3] == {
         "id": 13,
         "key": "key-13",
@@ -120,16 +120,15 @@ def test_a_killed_run_goes_on_and_ends_equal(tmp_path, stopped_at):
         EmbeddingTable(tmp_path / "t")
     # A kill between the files of a part, or within one, leaves some of them behind.
     (tmp_path / "t/img_emb").mkdir(exist_ok=True)
-    (tmp_path / "t/img_emb/img_emb_2.npy").write_bytes(b"other")
-    (tmp_path / "t/img_emb/img_emb_2.npy.writing").write_bytes(b"half")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*/*_0.*")}
+    (tmp_path / "t/img_emb/img_emb_00002.npy").write_bytes(b"other")
+    (tmp_path / "t/img_emb/img_emb_00002.npy.writing").write_bytes(b"half")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*/*_00000.*")}
     write(tmp_path / "t", rest)
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
-    whole_ids = [some for some in range(26) if some not in skip]
-    parts = sum(some < stopped_at for some in whole_ids) // 10
-    assert asked == [whole_ids[10 * parts - 1] + 1 if parts else 0]
-    if parts:
-        assert {path: path.stat().st_mtime_ns for path in before} == before
+    # A part is whole once a sample behind it was seen.
+    assert asked == [10 * (max(some for some in range(stopped_at) if some not in skip) // 10)]
+    assert bool(before) == (asked[0] > 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_complete_table_is_not_embedded_again(tmp_path):
@@ -144,30 +143,31 @@ def test_a_complete_table_is_not_embedded_again(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"fingerprints": {"model": "m2", "data": "d1"}}, "fingerprints"),
+        ({"fingerprints": {"model": "m2", "data": "d1"}}, "fingerprints.model m1, now m2"),
+        ({"options": {"precision": "bf16"}}, "options.precision None, now bf16"),
         ({"dtype": "float32"}, "dtype"),
         ({"rows_per_part": 11}, "rows_per_part"),
     ],
 )
 def test_going_on_with_other_options_is_refused(tmp_path, options, named):
     write(tmp_path / "t", batches(5))
-    with pytest.raises(ValueError, match=f"begun with {named} .*embed into a new folder"):
+    with pytest.raises(ValueError, match=f"begun with {named}.*; embed into a new folder"):
         write(tmp_path / "t", batches(5), **options)
 
 
 def test_damage_is_found_on_opening(tmp_path):
     write(tmp_path / "t", batches(5))
-    victim = tmp_path / "t/text_emb/text_emb_1.npy"
+    victim = tmp_path / "t/text_emb/text_emb_00001.npy"
     sound = victim.read_bytes()
     victim.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"text_emb_1.npy: changed since"):
+    with pytest.raises(ValueError, match=r"text_emb_00001.npy: changed since"):
         EmbeddingTable(tmp_path / "t")
     assert EmbeddingTable(tmp_path / "t", check="sizes").rows == ROWS
     np.save(victim, np.load(victim)[:4])
-    with pytest.raises(ValueError, match=r"text_emb_1.npy: 4 rows, table.json says 10"):
+    with pytest.raises(ValueError, match=r"text_emb_00001.npy: 4 rows, table.json says 10"):
         EmbeddingTable(tmp_path / "t", check="sizes")
     victim.unlink()
-    with pytest.raises(FileNotFoundError, match=r"text_emb_1.npy: this part .* is missing"):
+    with pytest.raises(FileNotFoundError, match=r"text_emb_00001.npy: this part .* is missing"):
         EmbeddingTable(tmp_path / "t")
     with pytest.raises(FileNotFoundError, match=r"not an embedding table"):
         EmbeddingTable(tmp_path)
@@ -176,8 +176,8 @@ def test_damage_is_found_on_opening(tmp_path):
         "{",
         "[]",
         '{"version": 7}',
-        '{"version": 1}',
-        json.dumps({"version": 1, "x": 2}),
+        '{"version": 2}',
+        json.dumps({"version": 2, "x": 2}),
     ):
         card.write_text(broken)
         with pytest.raises(ValueError, match=r"table.json: not readable") as caught:
@@ -187,7 +187,7 @@ def test_damage_is_found_on_opening(tmp_path):
 
 def test_bad_batches_are_refused_and_named(tmp_path):
     writer = TableWriter(
-        tmp_path / "t", modalities=["image"], dim=2, fingerprints={}, rows_per_part=4
+        tmp_path / "t", modalities=["image"], dim=2, fingerprints={}, rows_per_part=10
     )
 
     def batch(ids, vectors, **options):
@@ -196,26 +196,59 @@ def test_bad_batches_are_refused_and_named(tmp_path):
         vectors = np.array(vectors, dtype=np.float32)
         return EmbeddedRows(np.array(ids, dtype=np.int64), embeddings={"image": vectors}, **given)
 
-    writer.add(batch([3, 4], [[1, 0], [0, 1]]))
-    with pytest.raises(ValueError, match=r"sample id 4 \(key 'k4'\) comes after 4"):
-        writer.add(batch([4, 5], [[1, 0], [0, 1]]))
-    with pytest.raises(ValueError, match=r"sample id 7 \(key 'k7'\) comes after 9"):
-        writer.add(batch([9, 7], [[1, 0], [0, 1]]))
-    with pytest.raises(ValueError, match=r"image \(samples 5 to 6\) .*NaN or infinity: rows 1"):
-        writer.add(batch([5, 6], [[1, 0], [0, np.nan]]))
-    with pytest.raises(ValueError, match="2 ids but 1 of keys"):
-        writer.add(batch([5, 6], [[1, 0], [0, 1]], keys=["a"]))
-    with pytest.raises(ValueError, match="3 wide, the table 2"):
-        writer.add(batch([5], [[1, 0, 0]]))
+    first = batch([3, 4], [[1, 0], [0, 1]])
     texts = dataclasses.replace(batch([5], [[1, 0]]), embeddings={"text": np.ones((1, 2))})
-    with pytest.raises(ValueError, match=r"modalities \['text'\], but the table has \['image'\]"):
-        writer.add(texts)
-    writer.add(batch([5, 6], [[1, 0], [0, 1]]))
-    assert (writer.rows_done, writer.next_id) == (4, 7)
-    writer.add(batch([], np.empty((0, 2))))
+    for said, wrong in {
+        r"sample id 4 \(key 'k4'\) comes after 4": batch([4, 5], [[1, 0], [0, 1]]),
+        r"sample id 7 \(key 'k7'\) comes after 9": batch([9, 7], [[1, 0], [0, 1]]),
+        "sample id 10 is of a later part": batch([9, 10], [[1, 0], [0, 1]]),
+        r"image \(samples 5 to 6\) .*NaN or infinity: rows 1": batch([5, 6], [[1, 0], [0, np.nan]]),
+        "2 ids but 1 of keys": batch([5, 6], [[1, 0], [0, 1]], keys=["a"]),
+        "3 wide, the table 2": batch([5], [[1, 0, 0]]),
+        r"modalities \['text'\], but the table has \['image'\]": texts,
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            writer.write(0, [first, wrong])
+    with pytest.raises(ValueError, match=r"sample id 3 \(key 'k3'\) comes after 9"):
+        writer.write(1, [first])
+    with pytest.raises(ValueError, match="100,000 parts at most"):
+        writer.write(100_000, [])
+    assert list(contents(tmp_path / "t")) == ["table.json"]
+    writer.write(0, [first, batch([], np.empty((0, 2))), batch([5, 6], [[1, 0], [0, 1]])])
     assert writer.finish().metadata()["id"].to_pylist() == [3, 4, 5, 6]
     with pytest.raises(ValueError, match="holds no text embeddings, only image"):
         EmbeddingTable(tmp_path / "t").vectors("text")
+
+
+def test_parts_come_in_any_order_from_several_writers(tmp_path):
+    """Part 1 has no sample: it exists all the same, without files."""
+    options = {
+        "modalities": ("image", "text"),
+        "dim": DIM,
+        "fingerprints": PRINTS,
+        "rows_per_part": 10,
+    }
+    first, second = (TableWriter(tmp_path / "t", **options) for _ in range(2))
+    second.write(1, [], {"bad": 10})
+    second.write(2, [rows(20, 23)])
+    assert first.done == {}
+    first.write(0, [rows(0, 4), rows(4, 10, skip=(9,))], {"bad": 1})
+    first.finish()
+    again = TableWriter(tmp_path / "t", **options)
+    assert again.card.complete
+    assert [card.rows for card in again.done.values()] == [9, 0, 3]
+    assert [card.facts.get("bad") for card in again.done.values()] == [1, 10, None]
+    table = EmbeddingTable(tmp_path / "t")
+    assert table.metadata()["id"].to_pylist() == [*range(9), 20, 21, 22]
+    assert [path.name for path in table.vector_paths("text")] == [
+        "text_emb_00000.npy",
+        "text_emb_00002.npy",
+    ]
+    write(tmp_path / "stream", batches(4, skip=[9, *range(10, 20)]))
+    assert contents(tmp_path / "t/img_emb") == contents(tmp_path / "stream/img_emb")
+    (tmp_path / "t/parts/part_00002.json").rename(tmp_path / "t/parts/part_00007.json")
+    with pytest.raises(ValueError, match=r"part_00007.json: is the card of part 2"):
+        TableWriter(tmp_path / "t", **options)
 
 
 def test_bad_options_are_refused(tmp_path):
