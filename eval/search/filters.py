@@ -1,0 +1,270 @@
+"""Filters over the metadata of an index: an SQL expression, or values by field, into allowed rows.
+
+DuckDB reads the mapped Arrow files, so that only the columns asked for are touched. Expressions may
+come from strangers: a parser looks that each is one expression without a subquery, and DuckDB can
+reach no file, no network and no setting, has a limit of memory, and is interrupted in time.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import duckdb
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8
+from numpy import ndarray
+
+from eval.index.rows import IndexRows
+from eval.search.fields import Column, column_of, conditions, quoted
+
+T = TypeVar("T")
+
+LONGEST = 10_000
+"""Characters of an SQL expression."""
+_REMEMBERED_BYTES = 64 * 2**20
+"""Of the answers that are kept, because pages of one search ask the same again."""
+_LOCKED = (
+    "SET temp_directory = ''",
+    "SET enable_external_access = false",
+    "SET autoload_known_extensions = false",
+    "SET autoinstall_known_extensions = false",
+    "SET python_enable_replacements = false",
+    "SET lock_configuration = true",
+)
+_HARMLESS = {
+    "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
+    "FUNCTION", "LAMBDA", "LAMBDA_REF", "OPERATOR", "TYPE",
+}  # fmt: skip
+"""Classes of DuckDB's expressions that look at one row alone."""
+
+
+class FilterTimeoutError(ValueError):
+    """A filter took too long and was interrupted."""
+
+
+class Allowed:
+    """Rows that may be found, as a bitmap.
+
+    Args:
+        mask: Per row of the index whether it may be found.
+    """
+
+    def __init__(self, mask: Bool[ndarray, " rows"]) -> None:
+        self.of = len(mask)
+        self.bits: UInt8[ndarray, " bytes"] = np.packbits(mask, bitorder="little")
+        self.count = int(np.count_nonzero(mask))
+
+    @property
+    def mask(self) -> Bool[ndarray, " rows"]:
+        """One truth value a row."""
+        return np.unpackbits(self.bits, count=self.of, bitorder="little").view(bool)
+
+    @cached_property
+    def rows(self) -> Int64[ndarray, " allowed"]:
+        """Their row numbers, ascending."""
+        return np.flatnonzero(self.mask)
+
+    def has(self, rows: Int64[ndarray, "*any"]) -> Bool[ndarray, "*any"]:
+        """Whether each of these rows is among them; -1 never is."""
+        return (rows >= 0) & ((self.bits[rows >> 3] >> (rows & 7)) & 1).astype(bool)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, row numbers included."""
+        return len(self.bits) + 8 * self.count
+
+
+class RowFilter:
+    """Finds the rows that filters and removals leave; many threads may ask at once.
+
+    Args:
+        rows: The rows of an index.
+        removed: Numbers of those that nothing may find.
+        seconds: When a filter is interrupted.
+        memory: What DuckDB may take.
+    """
+
+    def __init__(
+        self,
+        rows: IndexRows,
+        removed: Int64[ndarray, " removed"],
+        *,
+        seconds: float = 10.0,
+        memory: str = "1GB",
+    ) -> None:
+        self._rows = rows
+        self._seconds = seconds
+        self._memory = memory
+        self._kept: OrderedDict[str, Allowed] = OrderedDict()
+        self._lock = threading.Lock()
+        self.live: Allowed | None = None  # None: all rows are
+        if len(removed):
+            mask = np.ones(len(rows), bool)
+            mask[removed] = False
+            self.live = Allowed(mask)
+
+    @cached_property
+    def _database(self) -> duckdb.DuckDBPyConnection:
+        database = duckdb.connect(":memory:")
+        database.execute(f"SET memory_limit = '{self._memory}'")
+        for line in _LOCKED:
+            database.execute(line)
+        return database
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """The columns of the metadata by name."""
+        described = self._ask("DESCRIBE rows", (), lambda cursor: cursor.fetchall())
+        return {name: column_of(name, kind) for name, kind, *_ in described}
+
+    def allowed(
+        self, where: str | None = None, fields: Mapping[str, Any] | None = None
+    ) -> Allowed | None:
+        """The rows that filters and removals leave; None where that is all.
+
+        Args:
+            where: An SQL expression over the columns; rows of which it is true stay.
+            fields: What columns must hold, as :func:`eval.search.fields.conditions` says.
+
+        Raises:
+            ValueError: An unknown column, a bad value, or no such expression; lists the columns.
+            FilterTimeoutError: It took too long.
+        """
+        where = (where or "").strip()
+        if not where and not fields:
+            return self.live
+        clauses, values = conditions(fields or {}, self.columns)
+        if where:
+            clauses.append(f"({where}\n)")  # the new line ends a comment
+        if not clauses:
+            return self.live
+        name = json.dumps([clauses, values], default=str)
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
+        if where:
+            self._check(where)
+        found = self._look(" AND ".join(clauses), values)
+        with self._lock:
+            self._kept[name] = found
+            while sum(one.bytes for one in self._kept.values()) > _REMEMBERED_BYTES:
+                self._kept.popitem(last=False)
+        return found
+
+    def run(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Run a query of our own over the view `rows`."""
+        return self._ask(sql, values, lambda cursor: cursor.fetchall())
+
+    def _look(self, condition: str, values: list[Any]) -> Allowed:
+        sql = f"SELECT id FROM rows WHERE {condition}"
+        try:
+            ids = self._ask(sql, tuple(values), lambda cursor: cursor.fetchnumpy()["id"])
+        except duckdb.InterruptException as error:
+            raise FilterTimeoutError(
+                f"where: took longer than {self._seconds:g} s; make the filter simpler"
+            ) from error
+        except duckdb.Error as error:
+            raise ValueError(f"where: {self._one_line(error)}") from error
+        mask = self._marked(np.asarray(ids, np.int64))
+        if self.live is not None:
+            mask &= self.live.mask
+        return Allowed(mask)
+
+    def _marked(self, ids: Int64[ndarray, " some"]) -> Bool[ndarray, " rows"]:
+        """Which rows have these ids, in any order."""
+        own = self._rows.ids
+        mask = np.zeros(len(own), bool)
+        if len(own) and int(own[-1]) - int(own[0]) + 1 == len(own):
+            mask[ids - own[0]] = True  # the ids have no gaps
+        else:
+            mask[np.searchsorted(own, ids)] = True
+        return mask
+
+    def _check(self, where: str) -> None:
+        """Refuse what is more than one expression over one row.
+
+        Raises:
+            ValueError: It is; says what.
+        """
+        if len(where) > LONGEST:
+            raise ValueError(f"where: longer than {LONGEST} characters")
+        try:
+            parsed, plain = (self._parsed(f"SELECT {text}\n") for text in (where, "1"))
+        except RecursionError as error:
+            raise ValueError("where: nested too deeply") from error
+        if parsed.get("error"):
+            raise ValueError(f"where: {self._one_line(parsed.get('error_message', ''))}")
+        nodes = [one["node"] for one in parsed["statements"]]
+        if len(nodes) != 1 or _frame(nodes[0]) != _frame(plain["statements"][0]["node"]):
+            raise ValueError("where: must be one expression over the columns, not a statement")
+        selected = nodes[0]["select_list"]
+        if len(selected) != 1 or selected[0].get("alias"):
+            raise ValueError("where: must be one expression over the columns, not several")
+        for kind in _classes(selected[0]):
+            if kind not in _HARMLESS:
+                what = kind.lower().replace("_", " ")
+                raise ValueError(f"where: only values of a row can be compared, here is a {what}")
+
+    def _parsed(self, sql: str) -> dict[str, Any]:
+        try:
+            text = self._ask(
+                "SELECT json_serialize_sql(?)", (sql,), lambda cursor: cursor.fetchall()[0][0]
+            )
+        except duckdb.Error as error:
+            raise ValueError(f"where: {self._one_line(error)}") from error
+        return json.loads(text)
+
+    def _ask(
+        self, sql: str, values: tuple[Any, ...], read: Callable[[duckdb.DuckDBPyConnection], T]
+    ) -> T:
+        with self._lock:
+            cursor = self._database.cursor()
+            table = self._rows.table
+        timer = threading.Timer(self._seconds, cursor.interrupt)
+        timer.daemon = True
+        try:
+            cursor.register("rows", table)
+            timer.start()
+            return read(cursor.execute(sql, values))
+        finally:
+            timer.cancel()
+            cursor.close()
+
+    def _one_line(self, error: Exception | str) -> str:
+        said = str(error).strip().split("\n")[0]
+        said = said.split(" Error: ", 1)[-1].rstrip("!.")
+        names = [quoted(name) for name in self.columns]
+        listed = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+        return f"{said}; columns: {listed}"
+
+
+def _frame(node: Mapping[str, Any]) -> Any:
+    """A query without what it selects and where in the text that stood."""
+    return _without_places({**node, "select_list": []})
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _without_places(inner)
+            for name, inner in value.items()
+            if not name.startswith("query_location")
+        }
+    return [_without_places(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _classes(value: Any) -> list[str]:
+    """The classes of an expression and all within it."""
+    found, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            found += [one["class"]] if "class" in one else []
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return found
