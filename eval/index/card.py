@@ -102,7 +102,10 @@ class IndexCard:
         index_file: Name of the FAISS index.
         lists_file: Name of the inverted lists, where they lie beside it on disk.
         removed_file: Name of the `.npy` file with the removed row numbers.
+        queries_file: Name of the `.npz` file with the queries that measured it, by which a change
+            measures it again; None where they were not kept.
         generation: Counts the changes; part of the names of files that they write.
+        measured: The generation that `reached` and `speed` are of.
         files: SHA-256 of every other file of the folder, by name.
     """
 
@@ -124,8 +127,22 @@ class IndexCard:
     index_file: str = "index.faiss"
     lists_file: str | None = None
     removed_file: str | None = None
+    queries_file: str | None = None
     generation: int = 0
+    measured: int = 0
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def live(self) -> int:
+        """Rows that a search may find."""
+        return self.rows - self.removed
+
+    @property
+    def names(self) -> list[str]:
+        """Every file that belongs to the index, but for the card itself."""
+        own = (self.index_file, self.lists_file, self.removed_file, self.queries_file)
+        of_sources = [name for source in self.sources for name in source.names]
+        return [*of_sources, *(name for name in own if name is not None)]
 
     @property
     def origin(self) -> Mapping[str, Any]:

@@ -1,5 +1,9 @@
 """An index folder: its files written beside the card, opened only when they agree with it."""
 
+import errno
+import hashlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +16,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 from numpy import ndarray
 
+from align.folders import flush
 from eval.cards import file_sha256
 from eval.index.card import IndexCard, Source
 from eval.index.rows import ARROW_ROWS, IndexRows
@@ -57,6 +62,18 @@ def open_index(
     """
     folder = Path(folder)
     card = IndexCard.load(folder)
+    while True:
+        try:
+            return _opened(folder, card, check=check, memory_map=memory_map)
+        except (FileNotFoundError, ValueError):
+            before, card = card, IndexCard.load(folder)
+            if card == before:
+                raise  # else a change was completed meanwhile, and removed the files of before
+
+
+def _opened(
+    folder: Path, card: IndexCard, *, check: Literal["sha256", "sizes"], memory_map: bool
+) -> OpenIndex:
     for name, expected in card.files.items():
         path = folder / name
         if not path.is_file():
@@ -73,15 +90,15 @@ def open_index(
     set_knobs(index, card.knobs)
     try:
         rows = IndexRows(folder, card.sources, index)
-    except (pa.ArrowInvalid, ValueError, EOFError) as error:
-        raise ValueError(f"{folder}: damaged ({error}); build the index again") from error
-    if len(rows.ids) != card.rows or len(rows) != card.rows:
+        removed = np.empty(0, np.int64)
+        if card.removed_file:
+            removed = np.load(folder / card.removed_file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{error}; build the index again") from error
+    if len(rows) != card.rows:
         raise ValueError(
-            f"{folder}: {len(rows.ids)} ids for {card.rows} vectors; build the index again"
+            f"{folder}: {len(rows)} ids for {card.rows} vectors; build the index again"
         )
-    removed = np.empty(0, np.int64)
-    if card.removed_file:
-        removed = np.load(folder / card.removed_file, allow_pickle=False)
     if len(removed) != card.removed:
         raise ValueError(
             f"{folder / card.removed_file!s}: lists {len(removed)} removed rows, index.json says "
@@ -94,6 +111,24 @@ def read_faiss(path: Path, *, memory_map: bool = False) -> faiss.Index:
     """Read a FAISS index; lists beside it are looked for in its own folder."""
     flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR if memory_map else 0
     return faiss_call(f"{path}", lambda: faiss.read_index(str(path), flags))
+
+
+def write_faiss(index: faiss.Index, path: Path) -> str:
+    """Write a FAISS index to a new file and to the disk; return its SHA-256.
+
+    FAISS's own writer does not tell when the last bytes find no room.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def set_knobs(index: faiss.Index, knobs: str) -> None:
@@ -121,6 +156,9 @@ def take_rows(table: EmbeddingTable, modality: str, folder: Path, *, number: int
         number: How many sources there are before.
         first_id: Id of the table's sample 0.
         first_part: How many `.npy` files there are before.
+
+    Raises:
+        ValueError: Ids do not ascend, or a column has another type in each part.
     """
     vectors, metadata = [], []
     parts = zip(table.vector_paths(modality), table.metadata_paths, strict=True)
@@ -131,9 +169,15 @@ def take_rows(table: EmbeddingTable, modality: str, folder: Path, *, number: int
         link(vector_path, folder / vectors[-1])
         link(metadata_path, folder / metadata[-1])
     arrow, id_file = f"rows-{number}.arrow", f"ids-{number}.npy"
-    ids = _write_arrow(table, folder / arrow) + first_id
-    with (folder / id_file).open("wb") as file:
-        np.save(file, ids)
+    schema = table.metadata_schema()
+    ids = write_arrow(folder / arrow, schema, table.metadata_parts(schema)) + first_id
+    if (np.diff(ids) < 1).any():
+        row = int(np.argmax(np.diff(ids) < 1)) + 1
+        raise ValueError(
+            f"{table.folder}: the id of row {row}, {ids[row] - first_id}, does not ascend from "
+            f"{ids[row - 1] - first_id}; every row of an index has an id of its own"
+        )
+    write_array(folder / id_file, ids)
     return Source(
         data=table.card.fingerprints.get("data", ""),
         table=table.fingerprint,
@@ -151,32 +195,65 @@ def take_rows(table: EmbeddingTable, modality: str, folder: Path, *, number: int
 def link(source: Path, target: Path) -> None:
     """The same file under another name, or a copy where the file system has no such thing."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # never write into a file that may be linked elsewhere
     try:
         target.hardlink_to(source)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         shutil.copyfile(source, target)
+
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
 def with_checksums(card: IndexCard, folder: Path) -> IndexCard:
     """The card with the SHA-256 of every file that it names; known ones are not read again."""
-    names = [name for source in card.sources for name in source.names]
-    names += [n for n in (card.index_file, card.lists_file, card.removed_file) if n is not None]
     known = card.files
-    files = {name: known.get(name) or file_sha256(folder / name) for name in names}
+    files = {name: known.get(name) or file_sha256(folder / name) for name in card.names}
     return replace(card, files=files)
 
 
 def commit(card: IndexCard, folder: Path) -> IndexCard:
     """Make a change of an index final: replace the card, then remove the files it names no more.
 
-    A process that has the index open keeps what it has mapped.
+    New files have new names and reach the disk first, so that a kill at any instant leaves the
+    index before the change or after it. A process that has the index open keeps what it has mapped.
+
+    Args:
+        card: What the folder is to say; its generation follows that of the card there.
+        folder: The index folder.
+
+    Raises:
+        ValueError: Another process changed the index meanwhile; this change is not made.
     """
     before = IndexCard.load(folder)
     card = with_checksums(card, folder)
+    new = set(card.files) - set(before.files)
+    for path in {folder / name for name in new} | {(folder / name).parent for name in new}:
+        flush(path)
+    if IndexCard.load(folder) != before or before.generation + 1 != card.generation:
+        raise ValueError(f"{folder}: another process changed this index; run the change again")
     card.save(folder)
-    for name in set(before.files) - set(card.files):
-        (folder / name).unlink(missing_ok=True)
+    flush(folder)
+    remove_leftovers(folder, card)
     return card
+
+
+_OURS = re.compile(
+    r"(index|lists|removed|queries|rows|ids)(-\d+)?\.(faiss|ivfdata|npy|npz|arrow)"
+    r"|(image|img|text|fused)_emb_\d+\.npy|metadata_\d+\.parquet|index\.json\.writing"
+)
+"""Names of files that we write in an index folder."""
+
+
+def remove_leftovers(folder: Path, card: IndexCard) -> None:
+    """Remove files of changes that were killed, or that this card ended; others stay."""
+    named = set(card.files)
+    for path in [*folder.glob("*"), *folder.glob("*_emb/*"), *folder.glob("metadata/*")]:
+        is_named = path.relative_to(folder).as_posix() in named
+        if path.is_file() and not is_named and _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def faiss_call(what: str, call: Callable[[], Any]) -> Any:
@@ -189,12 +266,17 @@ def faiss_call(what: str, call: Callable[[], Any]) -> Any:
         raise ValueError(f"{what}: FAISS says: {said}") from error
 
 
-def _write_arrow(table: EmbeddingTable, path: Path) -> Int64[ndarray, " rows"]:
-    """Write the metadata in batches of `ARROW_ROWS`; return the sample ids."""
-    schema = table.metadata_schema()
-    ids = []
+def write_array(path: Path, array: ndarray) -> None:
+    """Write a `.npy` file."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Int64[ndarray, " _"]:
+    """Write metadata in record batches of `ARROW_ROWS`; return its sample ids."""
+    ids = [np.empty(0, np.int64)]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in _batches(table.metadata_parts(schema)):
+        for batch in _batches(tables):
             ids.append(batch["id"].to_numpy())
             writer.write_table(batch, max_chunksize=ARROW_ROWS)
     return np.concatenate(ids)

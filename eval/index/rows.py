@@ -1,5 +1,6 @@
 """The rows behind an index: ids, vectors and metadata by row number, mapped into memory."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
@@ -19,14 +21,23 @@ ARROW_ROWS = 16_384
 BLOCK = 65_536
 """Vectors decoded at a time."""
 
+_LARGE = 1 << 30
+
 
 class IndexRows:
     """Ids, vectors and metadata of an index's sources, one after the other.
+
+    Files are mapped: they may be removed while this is in use.
 
     Args:
         folder: The index folder.
         sources: Its sources.
         index: The FAISS index, which gives back the vectors of sources without files of them.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or holds another number of rows than its source says; the
+            line names it.
     """
 
     def __init__(self, folder: Path, sources: Sequence[Source], index: faiss.Index) -> None:
@@ -34,20 +45,30 @@ class IndexRows:
         self.dim = index.d
         self._index = index
         self._first = np.concatenate([[0], np.cumsum([one.rows for one in sources])])
-        self._files = [pa.ipc.open_file(pa.memory_map(str(folder / s.arrow))) for s in sources]
-        ids = [np.load(folder / one.id_file, mmap_mode="r", allow_pickle=False) for one in sources]
+        ids = [_ids(folder / one.id_file, one.rows) for one in sources]
         self.ids: Int64[ndarray, " rows"] = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        self._metadata = [_Batches(folder / one.arrow, one.rows) for one in sources]
         self._parts: list[ndarray | None] = []  # None: a source whose vectors FAISS alone holds
-        ends = []
+        ends: list[int] = []
         for number, source in enumerate(sources):
             first = int(self._first[number])
             for name in source.vectors:
-                self._parts.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-                first += len(self._parts[-1])  # type: ignore[arg-type]
+                part = mapped(folder / name)
+                if part.ndim != 2 or part.shape[1] != self.dim:
+                    raise ValueError(
+                        f"{folder / name}: holds {part.shape}, not vectors of {self.dim}"
+                    )
+                self._parts.append(part)
+                first += len(part)
                 ends.append(first)
             if not source.vectors:
                 self._parts.append(None)
                 ends.append(int(self._first[number + 1]))
+            elif first != self._first[number + 1]:
+                raise ValueError(
+                    f"{folder / source.vectors[0]} and those behind it: "
+                    f"{first - self._first[number]} vectors for {source.rows} rows"
+                )
         self._ends = np.array(ends, np.int64)
 
     def __len__(self) -> int:
@@ -84,18 +105,23 @@ class IndexRows:
     def metadata(self, rows: Int64[ndarray, " some"]) -> list[dict[str, Any]]:
         """The metadata of these rows, in this order; a field that a row lacks is None."""
         found = []
-        for row in rows:
-            source = int(np.searchsorted(self._first, row, side="right")) - 1
-            batch, place = divmod(int(row - self._first[source]), ARROW_ROWS)
-            one = self._files[source].get_batch(batch).slice(place, 1).to_pylist()[0]
+        sources = np.searchsorted(self._first, rows, side="right") - 1
+        for row, source in zip(rows.tolist(), sources.tolist(), strict=True):
+            one = self._metadata[source].row(row - int(self._first[source]))
             one["id"] = int(self.ids[row])
-            found.append(one)
+            found.append({name: one.get(name) for name in self._columns})
         return found
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        """The columns of all sources, each once."""
+        names = (name for one in self._metadata for name in one.schema.names)
+        return list(dict.fromkeys(names))
 
     @cached_property
     def table(self) -> pa.Table:
         """The metadata of all rows, mapped; `id` is the id within this index."""
-        tables = [file.read_all() for file in self._files]
+        tables = [one.table() for one in self._metadata]
         schema = unified_schema([one.schema for one in tables])
         whole = []
         for number, (source, one) in enumerate(zip(self.sources, tables, strict=True)):
@@ -123,3 +149,82 @@ class IndexRows:
     def source_of(self, row: int | np.integer) -> Source:
         """The source that a row came from."""
         return self.sources[int(np.searchsorted(self._first, row, side="right")) - 1]
+
+
+class _Batches:
+    """A source's metadata: an Arrow file, mapped, whose record batches may have any sizes."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: damaged ({error})") from error
+        self.schema = self._file.schema
+        self._opened: dict[int, pa.RecordBatch] = {}
+        full, left = divmod(rows, ARROW_ROWS)
+        sizes = [ARROW_ROWS] * full + [left] * bool(left)
+        if self._file.num_record_batches != len(sizes):  # texts so long that batches were split
+            number = range(self._file.num_record_batches)
+            sizes = [self._file.get_batch(one).num_rows for one in number]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        if sum(sizes) != rows:
+            raise ValueError(f"{path}: metadata of {sum(sizes)} rows, not of {rows}")
+
+    def row(self, row: int) -> dict[str, Any]:
+        """The fields of one row."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        batch = self._opened.get(number)
+        if batch is None:
+            batch = self._opened[number] = self._file.get_batch(number)
+        place = row - int(self._ends[number]) + batch.num_rows
+        return {
+            name: column[place].as_py()
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        return self._file.read_all()
+
+
+def _ids(path: Path, rows: int) -> Int64[ndarray, " rows"]:
+    ids = mapped(path)
+    if ids.shape != (rows,) or ids.dtype != np.int64:
+        raise ValueError(f"{path}: holds {ids.dtype} {ids.shape}, not the ids of {rows} rows")
+    return ids
+
+
+def mapped(path: Path) -> ndarray:
+    """The array in a `.npy` file, mapped into memory without keeping the file open.
+
+    An index of thousands of parts would else run out of open files; a large one is left open, since
+    a mapping without a file counts as memory that could be needed.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no array, objects, or less than its head says.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            reader = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, by_column, dtype = reader(file)
+            start = file.tell()
+        size = path.stat().st_size
+        if (by_column and len(shape) > 1) or dtype.hasobject:
+            raise ValueError("not rows of numbers")
+        if size - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{size - start} bytes for an array of {shape}")
+    except (ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if size == start:
+        return np.empty(shape, dtype)
+    if size > _LARGE:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    memory = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    array = np.frombuffer(memory.data, dtype, offset=start).reshape(shape)
+    array.flags.writeable = False
+    return array
