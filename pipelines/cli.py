@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
     "embed": Verb(schemas.EmbedConfig, "pipelines.embed:run", "shards into an embedding table"),
     "index": Verb(schemas.IndexConfig, "pipelines.index:run", "a table into a FAISS index"),
     "search": Verb(schemas.SearchConfig, "pipelines.search:run", "pictures for words or a picture"),
+    "serve": Verb(schemas.ServeConfig, "pipelines.serve:run", "a page and an API over indexes"),
     "evaluate": Verb(
         schemas.EvaluateConfig, "pipelines.evaluate:run", "classification and retrieval"
     ),

@@ -12,6 +12,7 @@ from pipelines.schemas.index import IndexConfig
 from pipelines.schemas.inspect import InspectConfig
 from pipelines.schemas.interop import ExportConfig, ImportConfig
 from pipelines.schemas.search import SearchConfig
+from pipelines.schemas.serve import ServeConfig
 from pipelines.schemas.training import ModelConfig, PretrainConfig
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "PackConfig",
     "PretrainConfig",
     "SearchConfig",
+    "ServeConfig",
     "TaskConfig",
 ]

@@ -1,0 +1,145 @@
+"""`align serve`: a page and an HTTP interface over indexes.
+
+limits.py        what a client may ask for; the gate that every request passes
+connections.py   time limits of connections
+batching.py      queries of many clients through one model
+indexes.py       indexes with their models, heads and pictures
+asking.py        from a request to a query
+answers.py       from a query to an answer
+thumbnails.py    small pictures of rows
+metrics.py       what is counted
+app.py           routes
+docs_page.py     the page of the interface
+page/            the page
+"""
+
+import errno
+import os
+import signal
+import socket
+import sys
+import warnings
+
+from pipelines.config import ConfigError
+from pipelines.schemas.serve import ServeConfig
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal ends it: Ctrl-C (130) or SIGTERM (0)."""
+    token = read_token(config)
+    with listening(config.host, config.port) as door:
+        return _serve(config, token, door)
+
+
+def _serve(config: ServeConfig, token: str | None, door: socket.socket) -> int:
+    import uvicorn
+    from PIL import Image
+
+    from pipelines.serve.answers import Service
+    from pipelines.serve.app import application
+    from pipelines.serve.connections import limited
+    from pipelines.serve.indexes import open_indexes
+    from pipelines.serve.limits import Limits
+    from pipelines.serve.metrics import Metrics
+
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    metrics = Metrics()
+    limits = Limits(
+        body=int(config.max_body_mb * 1_000_000),
+        pixels=config.max_pixels,
+        k=config.max_k,
+        offset=config.max_offset,
+        waiting=config.max_waiting,
+        seconds=config.timeout,
+        read_seconds=config.read_timeout,
+    )
+    indexes = open_indexes(
+        config.folders,
+        model=config.model,
+        heads=config.heads,
+        check=config.check,
+        memory_map=config.memory_map,
+        max_batch=config.max_batch,
+        max_waiting=config.max_waiting,
+        metrics=metrics,
+    )
+    threads = config.threads or os.cpu_count() or 1
+    service = Service(indexes, limits=limits, metrics=metrics, threads=threads)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(service, token=token),
+            http=limited(read_seconds=limits.read_seconds, most=2 * limits.waiting),
+            ws="none",
+            lifespan="off",
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            backlog=2048,
+            timeout_keep_alive=20,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    names = ", ".join(f"{one.name} ({one.searcher.live:,} rows)" for one in indexes.values())
+    print(f"{names}: {address(door)}", flush=True)
+    if token is None and not _is_loopback(door):
+        print("without a token, open to all who reach this machine", file=sys.stderr, flush=True)
+    # Uvicorn stops at a signal and then raises it again.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[door])
+    finally:
+        service.close()
+    return 0
+
+
+def read_token(config: ServeConfig) -> str | None:
+    """The token of the configuration or of its file.
+
+    Raises:
+        ConfigError: The file is empty or cannot be read.
+    """
+    if config.token_file is None:
+        return config.token
+    try:
+        token = config.token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token_file: {config.token_file} cannot be read ({error})") from error
+    if not token:
+        raise ConfigError(f"token_file: {config.token_file} is empty")
+    return token
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, before anything long is loaded; nobody is let in yet.
+
+    Raises:
+        ConfigError: The port is in use, or the address is none of this machine's.
+    """
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host: {host} is no address ({error.strerror})") from error
+    door = socket.socket(family, kind)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(place)
+    except OSError as error:
+        door.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port: {port} is in use on {host}; choose another, such as port={port + 1}"
+            ) from error
+        raise ConfigError(f"host: cannot listen at {host}:{port} ({error.strerror})") from error
+    return door
+
+
+def address(door: socket.socket) -> str:
+    """Where a browser finds what listens here."""
+    host, port = door.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}/"
+
+
+def _is_loopback(door: socket.socket) -> bool:
+    host = str(door.getsockname()[0])
+    return host.startswith("127.") or host == "::1"

@@ -1,0 +1,5 @@
+"""`python -m pipelines.serve`."""
+
+from pipelines.cli import main_of
+
+main_of("serve")
