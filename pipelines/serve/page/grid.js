@@ -56,12 +56,13 @@ export class Grid {
     this.#rove(this.tiles()[0]);
   }
 
-  /** These hits below the others. */
+  /** These hits below the others; gives those that were not there yet. */
   add(hits) {
     const before = new Set(this.hits.map((hit) => hit.id));
     const fresh = hits.filter((hit) => !before.has(hit.id));
     this.hits.push(...fresh);
     this.list.append(...fresh.map((hit) => tile(hit)));
+    return fresh;
   }
 
   /** New hits are on their way: the old ones step back, or blank tiles stand in. */
@@ -107,13 +108,13 @@ function tile(hit) {
     make("button.tile", {
       type: "button", tabIndex: -1, draggable: true, title: hit.caption,
       "data-id": String(hit.id),
-      "aria-label": `${hit.caption || hit.key}, score ${scored(hit.score)}${copies}`,
+      "aria-label": `${hit.caption || hit.key}${scored(hit.score) && `, score ${scored(hit.score)}`}${copies}`,
     },
     framed(hit.picture && `${hit.picture}?side=256`, hit.caption),
     hit.copies ? make("span.copies", { title: "near-duplicates folded" }, `+${grouped(hit.copies)}`) : null,
     make("span.said", {},
       make("span.caption", { dir: "auto", textContent: hit.caption || hit.key }),
-      make("span.score", { textContent: scored(hit.score) }))));
+      scored(hit.score) ? make("span.score", { textContent: scored(hit.score) }) : null)));
 }
 
 /** The close-up of a hit: a large picture, all that is known, and where to go from here. */

@@ -21,6 +21,7 @@ let asked = new AbortController();
 let found = null; // {key, hits, answer, ended} of what the grid shows
 let more = null; // the request for the next page
 const remembered = new Map();
+const chipped = new WeakMap();
 let lastTyped = 0;
 
 const pictures = new Pictures();
@@ -29,7 +30,7 @@ const filters = new Filters(at("filters"), change, () => refine(false));
 const detail = new Detail(at("detail"), {
   at: (place) => grid.hits[place],
   facts: (id, signal) => server.metadata(index.name, id, signal),
-  like: (hit) => change({ ...EMPTY, index: search.index, fields: search.fields, where: search.where, pictures: [{ id: hit.id }] }, true),
+  like: (hit) => change({ text: "", pictures: [{ id: hit.id }], balance: EMPTY.balance, head: "" }),
   add: (hit) => add([{ id: hit.id }]),
   left: (place) => grid.focus(place),
 });
@@ -58,7 +59,8 @@ function draw(rebuild) {
   index = indexes.find((one) => one.name === search.index) ?? indexes[0];
   if (words.value.trim() !== search.text.trim()) words.value = search.text;
   at("index").value = index.name;
-  at("chips").replaceChildren(...search.pictures.map(chip));
+  const chips = search.pictures.map((one) => chipped.get(one) ?? chip(one));
+  if (chips.length !== at("chips").children.length || chips.some((one, n) => one !== at("chips").children[n])) at("chips").replaceChildren(...chips);
   at("clear").hidden = !asks(search);
   at("mixing").hidden = !mixed(search);
   at("balance").value = search.balance;
@@ -69,7 +71,7 @@ function draw(rebuild) {
   head.disabled = !fusable(search);
   head.title = head.disabled ? "A fusion head takes one picture, which is not in a link, and words" : "";
   const count = conditionCount(search);
-  at("counted").textContent = count ? ` · ${count}` : "";
+  at("counted").textContent = count ? ` ${count}` : "";
   words.placeholder = search.pictures.length ? "and in words …" : "Describe a picture, or drop one";
   const { sought, avoided } = parse(search.text);
   at("parts").textContent = avoided.length ? `without ${avoided.map((one) => `“${one}”`).join(", ")}` : "";
@@ -77,14 +79,17 @@ function draw(rebuild) {
   if (rebuild) filters.show(index, search);
 }
 
+/** A picture keeps its chip, so that nothing flickers while words are typed. */
 function chip(one) {
   const source = one.id === undefined ? pictures.preview(one) : server.pictureAt(index.name, one.id, 128);
   const drop = () => {
     change({ pictures: search.pictures.filter((other) => other !== one) });
     words.focus();
   };
-  return make("span.chip", { role: "listitem" }, framed(source, "picture", { lazy: false }),
+  const made = make("span.chip", { role: "listitem" }, framed(source, "picture", { lazy: false }),
     make("button", { type: "button", title: "Take this picture out", "aria-label": "Take this picture out of the search", onclick: drop }, icon("cross")));
+  chipped.set(one, made);
+  return made;
 }
 
 /** Ask for the first hits; whatever was asked before is given up. */
@@ -123,10 +128,13 @@ async function withFile(wanted) {
   if (wanted.head && fusable(wanted) && !one.file) one.file = await server.pictureFile(index.name, one.id);
 }
 
+/** Hits of an index whose shards are gone have no pictures to ask for. */
+const seen = (hits) => (index.pictures ? hits : hits.map((hit) => ({ ...hit, picture: null })));
+
 function arrive(answer) {
-  found = { key: encode(search), hits: answer.hits, answer, ended: answer.hits.length < PAGE_SIZE };
+  found = { key: encode(search), hits: seen(answer.hits), answer, depth: answer.hits.length, ended: answer.hits.length < PAGE_SIZE };
   scrollTo(0, 0);
-  grid.show(answer.hits);
+  grid.show(found.hits);
   report();
   remember();
   observe();
@@ -155,20 +163,22 @@ async function grow() {
   if (!found || found.ended || more) return;
   const { signal } = asked;
   const here = found;
-  more = server.find(request(search, { k: PAGE_SIZE, offset: here.hits.length }), signal);
+  more = server.find(request(search, { k: PAGE_SIZE, offset: here.depth }), signal);
   at("end").textContent = "More …";
   try {
     const answer = await more;
     if (here !== found) return;
-    here.hits.push(...answer.hits);
-    here.ended = answer.hits.length < PAGE_SIZE;
-    grid.add(answer.hits);
+    const hits = seen(answer.hits);
+    here.ended = hits.length < PAGE_SIZE;
+    here.depth += hits.length;
+    here.hits.push(...grid.add(hits));
     report();
     more = null;
     observe();
   } catch (error) {
     if (here !== found || error.name === "AbortError") return;
-    at("end").replaceChildren(`${error.message} `, make("button.link", { type: "button", onclick: () => { more = null; grow(); } }, "Try again"));
+    here.ended = error.status === 400; // as deep as this server goes
+    at("end").replaceChildren(`${error.message} `, here.ended ? "" : make("button.link", { type: "button", onclick: () => { more = null; grow(); } }, "Try again"));
   }
 }
 
@@ -198,7 +208,7 @@ function welcome() {
       "A minus avoids: ", make("q", {}, "red car -truck"), "."));
   at("welcome").hidden = false;
   const sample = index.sample ?? [];
-  if (sample.length) grid.show(sample.map((row) => ({ score: NaN, key: "", ...row })));
+  if (sample.length) grid.show(seen(sample.map((row) => ({ score: NaN, key: "", ...row }))));
   at("end").textContent = "";
 }
 
@@ -336,12 +346,16 @@ async function copy() {
     await navigator.clipboard.writeText(location.href);
     button.textContent = "Copied";
   } catch {
-    button.textContent = "Copy it from the address bar";
+    button.textContent = "See the address bar";
   }
   setTimeout(() => { button.textContent = "Copy link"; }, 1600);
 }
 
+/** How high the head is, for what has to stay below it. */
+const tall = new ResizeObserver(([{ target }]) => document.documentElement.style.setProperty("--head", `${target.offsetHeight}px`));
+
 async function start() {
+  tall.observe(document.querySelector(".top"));
   history.scrollRestoration = "manual";
   grid.wait();
   try {
