@@ -19,19 +19,53 @@ import signal
 import socket
 import sys
 import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipelines.config import ConfigError
 from pipelines.schemas.serve import ServeConfig
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from pipelines.serve.answers import Service
 
 
 def run(config: ServeConfig) -> int:
     """Serve until a signal ends it: Ctrl-C (130) or SIGTERM (0)."""
     token = read_token(config)
     with listening(config.host, config.port) as door:
-        return _serve(config, token, door)
+        served = prepare(config, token)
+        indexes = served.service.indexes.values()
+        names = ", ".join(f"{one.name} ({one.searcher.live:,} rows)" for one in indexes)
+        print(f"{names}: {address(door)}", flush=True)
+        if token is None and not _is_loopback(door):
+            line = "no token: open to all who reach this machine (token=... or token_file=...)"
+            print(f"align serve: {line}", file=sys.stderr, flush=True)
+        # Uvicorn stops at a signal and then raises it again.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            served.server.run(sockets=[door])
+        finally:
+            served.service.close()
+    return 0
 
 
-def _serve(config: ServeConfig, token: str | None, door: socket.socket) -> int:
+@dataclass(frozen=True)
+class Prepared:
+    """A server with all it needs in memory, and what it answers with; close the service after."""
+
+    server: "uvicorn.Server"
+    service: "Service"
+
+
+def prepare(config: ServeConfig, token: str | None) -> Prepared:
+    """Load indexes, models and heads, and make a server that can run.
+
+    Raises:
+        ConfigError: As :func:`pipelines.serve.indexes.open_indexes`.
+        ValueError: Likewise.
+    """
     import uvicorn
     from PIL import Image
 
@@ -42,7 +76,7 @@ def _serve(config: ServeConfig, token: str | None, door: socket.socket) -> int:
     from pipelines.serve.limits import Limits
     from pipelines.serve.metrics import Metrics
 
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     metrics = Metrics()
     limits = Limits(
         body=int(config.max_body_mb * 1_000_000),
@@ -65,31 +99,20 @@ def _serve(config: ServeConfig, token: str | None, door: socket.socket) -> int:
     )
     threads = config.threads or os.cpu_count() or 1
     service = Service(indexes, limits=limits, metrics=metrics, threads=threads)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(service, token=token),
-            http=limited(read_seconds=limits.read_seconds, most=2 * limits.waiting),
-            ws="none",
-            lifespan="off",
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            backlog=2048,
-            timeout_keep_alive=20,
-            timeout_graceful_shutdown=5,
-        )
+    service.warm_up()
+    settings = uvicorn.Config(
+        application(service, token=token),
+        http=limited(read_seconds=limits.read_seconds, most=2 * limits.waiting),
+        ws="none",
+        lifespan="off",
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=5,
     )
-    names = ", ".join(f"{one.name} ({one.searcher.live:,} rows)" for one in indexes.values())
-    print(f"{names}: {address(door)}", flush=True)
-    if token is None and not _is_loopback(door):
-        print("without a token, open to all who reach this machine", file=sys.stderr, flush=True)
-    # Uvicorn stops at a signal and then raises it again.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        server.run(sockets=[door])
-    finally:
-        service.close()
-    return 0
+    return Prepared(uvicorn.Server(settings), service)
 
 
 def read_token(config: ServeConfig) -> str | None:

@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import faiss
+import numpy as np
+from jaxtyping import Float32
 
 from eval.index.card import Source
 from eval.search.searcher import Hits
 from pipelines.config import ConfigError
-from pipelines.queries import Query
+from pipelines.queries import Query, Term
 from pipelines.serve.asking import Asked, query_of, rows_of, vector_text
-from pipelines.serve.batching import Encoded
+from pipelines.serve.batching import Encoded, encode_together
 from pipelines.serve.indexes import ServedIndex
 from pipelines.serve.limits import Limits, Refused
 from pipelines.serve.metrics import Metrics
@@ -78,7 +80,18 @@ class Service:
         else:
             query, ids = query_of(asked, served, files, self.limits)
         encoded = await self.encode(served, query)
-        hits, seconds = await self.search(served, encoded, asked, ids)
+        hits, seconds = await self.find(
+            served,
+            encoded.vector,
+            asked.k,
+            where=asked.where,
+            fields=asked.fields or None,
+            exclude=[ids] if ids else None,
+            min_score=asked.min_score,
+            collapse=asked.collapse,
+            diversity=asked.diversity,
+            offset=asked.offset,
+        )
         return {
             "hits": _listed(hits, served),
             "matching": int(hits.matching),
@@ -103,28 +116,24 @@ class Service:
         except ConfigError as error:
             raise Refused(400, str(error)) from None
 
-    async def search(
-        self, served: ServedIndex, encoded: Encoded, asked: Asked, ids: list[int]
+    async def find(
+        self, served: ServedIndex, vector: Float32[np.ndarray, " dim"], k: int, **options: Any
     ) -> tuple[Hits, float]:
-        """Hits of a vector without these ids, and how many seconds the search took.
+        """Hits of a vector, and how many seconds the search took.
+
+        Args:
+            served: The index.
+            vector: What to look for.
+            k: How many.
+            **options: As :meth:`Searcher.search`.
 
         Raises:
-            Refused: A filter cannot be.
+            Refused: A filter or another option cannot be (400).
         """
 
         def search() -> tuple[Hits, float]:
             started = time.perf_counter()
-            hits = served.searcher.search(
-                encoded.vector[None],
-                asked.k,
-                where=asked.where,
-                fields=asked.fields or None,
-                exclude=[ids] if ids else None,
-                min_score=asked.min_score,
-                collapse=asked.collapse,
-                diversity=asked.diversity,
-                offset=asked.offset,
-            )
+            hits = served.searcher.search(vector[None], k, **options)
             return hits, time.perf_counter() - started
 
         try:
@@ -150,6 +159,13 @@ class Service:
             Refused: There is no such row.
         """
         return served.searcher.rows.source_of(rows_of([row_id], served)[0])
+
+    def warm_up(self) -> None:
+        """Use every model and index once: the first use of many things is slow."""
+        for served in self.indexes.values():
+            vector = encode_together(served.encoder.encoder, [Query((Term("a picture"),))])[0]
+            served.searcher.search(vector.vector[None], 1)
+            served.summary()
 
     async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run what takes a while (pictures) in a thread of its own."""

@@ -22,7 +22,7 @@ class Encoded:
     """A query as a vector.
 
     Attributes:
-        vector: Of unit length.
+        vector: Of unit length, within the precision of float16.
         pictures: Of each term that is a picture its own vector; None for other terms.
         seconds: How long the model took, for all that were encoded with it.
     """
@@ -72,7 +72,9 @@ class Batcher:
         """
         self.encoder.check(query)
         if not any(isinstance(term.value, str | Image.Image) for term in query.terms):
-            return Encoded(self.encoder.vectors([query])[0], [None] * len(query.terms), 0.0)
+            return Encoded(
+                rounded(self.encoder.vectors([query]))[0], [None] * len(query.terms), 0.0
+            )
         future: Future[Encoded] = Future()
         with self._changed:
             if self._closed or len(self._queue) >= self._max_waiting:
@@ -123,17 +125,37 @@ class Batcher:
 def encode_together(encoder: QueryEncoder, queries: Sequence[Query]) -> list[Encoded]:
     """Encode queries in one pass over all pictures and one over all texts.
 
+    Vectors are rounded as clients get them, so that a client who sends the vector of its picture
+    back, for the next page of hits or in a link, gets the hits that belong to the first.
+
     Raises:
         ConfigError: As :meth:`QueryEncoder.vectors`.
     """
     started = time.perf_counter()
     pictures = [term for query in queries for term in query.terms if _is_picture(term)]
-    rows = encoder.vectors([*queries, *(Query((Term(term.value),)) for term in pictures)])
-    alone = iter(rows[len(queries) :])  # the encoder embeds a picture once, however often it comes
+    alone = iter(rounded(encoder.vectors([Query((Term(term.value),)) for term in pictures])))
     own = [[next(alone) if _is_picture(term) else None for term in q.terms] for q in queries]
+    ready = [
+        query if query.head else Query(_with_vectors(query.terms, known))
+        for query, known in zip(queries, own, strict=True)
+    ]
+    vectors = rounded(encoder.vectors(ready))
     seconds = time.perf_counter() - started
-    return [Encoded(*one, seconds) for one in zip(rows[: len(queries)], own, strict=True)]
+    return [Encoded(*one, seconds) for one in zip(vectors, own, strict=True)]
+
+
+def rounded(vectors: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+    """Vectors with the precision that clients get; of unit length but for that."""
+    return vectors.astype(np.float16).astype(np.float32)
 
 
 def _is_picture(term: Term) -> bool:
     return isinstance(term.value, Image.Image)
+
+
+def _with_vectors(
+    terms: Sequence[Term], known: Sequence[Float32[np.ndarray, " dim"] | None]
+) -> tuple[Term, ...]:
+    """The terms, with vectors in the place of pictures."""
+    pairs = zip(terms, known, strict=True)
+    return tuple(term if own is None else Term(own, term.weight) for term, own in pairs)

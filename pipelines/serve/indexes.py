@@ -115,7 +115,8 @@ def open_indexes(
         if place not in opened:
             opened[place] = open_model(place)
         one = opened[place]
-        made_with = searcher.card.fingerprints.get("model", one.fingerprint)
+        # An index of another tool may not say which model it was made with.
+        made_with = searcher.card.fingerprints.get("model") or one.fingerprint
         if made_with != one.fingerprint or searcher.card.dim != one.model.config.dim:
             raise ConfigError(
                 f"{place}: not the model that {folder} was made with; embed and index again"
