@@ -33,6 +33,7 @@ from eval.table import (
     EmbeddingTable,
     PartCard,
     TableCard,
+    part_path,
     read_parts,
     unified_schema,
     unit_rows,
@@ -134,7 +135,13 @@ class TableWriter:
             ValueError: A file was changed.
         """
         for number in numbers:
-            verify_parts(self.folder, [self.done[number].part], check="sha256")
+            try:
+                verify_parts(self.folder, [self.done[number].part], check="sha256")
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(
+                    f"{error}; without {self.folder / part_path(number)} this part alone is "
+                    "embedded anew"
+                ) from error
             if self.done[number].rows:
                 path = self.folder / self.done[number].part.path("metadata")
                 self._schema = unified_schema([self._schema, parquet.read_schema(path)])
@@ -143,14 +150,14 @@ class TableWriter:
         self,
         number: int,
         batches: Sequence[EmbeddedRows],
-        facts: Mapping[str, Any] | None = None,
+        facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> PartCard:
         """Write a part, whole or not at all.
 
         Args:
             number: Which part.
             batches: All of its rows; there may be none.
-            facts: Free JSON values for its card.
+            facts: Gives free JSON values for its card, when all else is written.
 
         Raises:
             ValueError: Ids do not ascend or are not of this part, columns differ in length, a
@@ -169,7 +176,7 @@ class TableWriter:
         batches = [batch for batch in batches if len(batch.ids)]
         files = self._write_files(number, _merge(batches)) if batches else {}
         rows = sum(len(batch.ids) for batch in batches)
-        card = PartCard(number, rows, last if rows else -1, files, dict(facts or {}))
+        card = PartCard(number, rows, last if rows else -1, files, dict(facts()))
         # The part exists from here on: files without a card are overwritten by a resumed run.
         card.save(self.folder)
         self.done[number] = card

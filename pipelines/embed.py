@@ -1,268 +1,354 @@
-"""`align embed`: shards through a model into an embedding table; and the same in memory."""
+"""`align embed`: shards through a model into an embedding table.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+One process or many (`accelerate launch -m pipelines.embed CONFIG.yaml`), on machines that share a
+file system: process `r` of `N` writes the missing parts `r, r + N, ...`. A part covers fixed
+samples of the data set and its batches begin where it does, so that its bytes do not depend on who
+writes it, nor on what was killed before.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from align.model import DualEncoder
-from eval.embed import EmbeddedRows, write_table
+from align.fusion.store import head_fingerprint, load_head
+from eval.embed import EmbeddedRows, TableWriter
+from eval.table import PartCard, read_parts
 from pipelines import run_folder
-from pipelines.config import ConfigError
-from pipelines.models import open_model, whereabouts
+from pipelines.launched import cores_each, ending_with_others, processes
+from pipelines.models import OpenModel, open_model, whereabouts
+from pipelines.pairs import left_out
+from pipelines.part_reader import OptionalCaption, PartReader, Piece
+from pipelines.progress import StopOnSignal, duration
+from pipelines.row_encoder import STAGES, RowEncoder, precision_for
 from pipelines.schemas import EmbedConfig
-from pipelines.together import ALONE, Share
+from pipelines.together import Share
+from shards.batch import Batch
+from shards.captions import CaptionRule
 from shards.crop import FITS
-from shards.damage import DamageTally, Problem
-from shards.loader import Batch, iterate
+from shards.damage import DamageTally, Problem, Reason
 from shards.manifest import Manifest
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class EmbeddedPairs:
-    """Pictures and captions of a data set in the aligned space, a row each.
-
-    Attributes:
-        images: unit-length rows.
-        texts: unit-length rows.
-        captions: what the texts say.
-        fields: the JSON member of each.
-        ids: stable sample ids.
-        keys: sample keys.
-        fingerprint: of the data set.
-        bad: samples that could not be read and are missing here.
-    """
-
-    images: Float32[np.ndarray, "rows dim"]
-    texts: Float32[np.ndarray, "rows dim"]
-    captions: list[str]
-    fields: list[dict[str, Any]]
-    ids: Int64[np.ndarray, " rows"]
-    keys: list[str]
-    fingerprint: str
-    bad: int
-
-    def values(self, field: str) -> list[str]:
-        """One field of every sample; `caption` stands for the caption.
-
-        Raises:
-            ConfigError: a sample lacks it.
-        """
-        if field == "caption":
-            return list(self.captions)
-        for key, fields in zip(self.keys, self.fields, strict=True):
-            if field not in fields:
-                known = ", ".join(["caption", *sorted(fields)])
-                raise ConfigError(f"label: sample {key!r} has no field {field!r}; it has {known}")
-        return [str(fields[field]) for fields in self.fields]
-
-
-def chosen(fields: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    """Whether a sample's fields have the wanted values (`{field: value or [values]}`)."""
-    return all(
-        fields.get(name) in (wanted if isinstance(wanted, list) else [wanted])
-        for name, wanted in where.items()
-    )
-
-
-def select(batch: Batch, where: Mapping[str, Any]) -> np.ndarray:
-    """Rows of a batch that are wanted."""
-    return np.flatnonzero([chosen(fields, where) for fields in batch.fields])
-
-
-def embed_pairs(
-    model: DualEncoder,
-    data: str | Manifest,
-    *,
-    where: Mapping[str, Any] | None = None,
-    batch_size: int = 256,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    caption_fields: Sequence[str] = (),
-    max_bad_fraction: float = 0.05,
-    strict: bool = False,
-    share: Share = ALONE,
-) -> EmbeddedPairs:
-    """Embed the wanted pairs of a data set in memory, at the model's own sizes or others.
-
-    Several processes embed whole batches each, and all of them get all rows, in the order of the
-    data set: each receives about `2 * rows * dim * 4` bytes of rows, and what is said of them.
-
-    Raises:
-        ConfigError: nothing is left of the data by `where`.
-        ValueError: too many of its samples are bad.
-    """
-    manifest = data if isinstance(data, Manifest) else Manifest.open(data)
-    size = image_size or model.config.image_size
-    tally = DamageTally(total=len(manifest), max_fraction=max_bad_fraction, strict=strict)
-    # A share cannot judge the whole: what it meets is judged when all have met theirs.
-    met = tally if share.alone else DamageTally(len(manifest), list_limit=len(manifest) + 1)
-    mine = share.rows(len(manifest), batch_size=batch_size)
-    rows, told = [torch.empty(0, model.config.dim)], _Told()
-
-    def embed_mine() -> None:
-        stream = iterate(
-            manifest,
-            batch_size=batch_size,
-            image_size=size,
-            start=mine.start,
-            stop=mine.stop,
-            captions=caption_fields,
-            crop=FITS[model.config.fit],
-            tally=met,
-        )
-        for batch in stream:
-            chosen_rows = select(batch, where or {})
-            if len(chosen_rows):
-                pixels = batch.images[chosen_rows]
-                rows.append(model.encode_image(pixels, batch_size=batch_size, image_size=size))
-                told.add(batch, chosen_rows)
-        told.seen, told.problems = met.seen, list(met.listed.values())
-
-    share.all_or_none(embed_mine)
-    everybody = share.told(told)
-    if not share.alone:
-        sizes = {shard.name: shard.samples for shard in manifest.shards}
-        tally.judge_scan(manifest.damage, sizes)
-        for one in everybody:
-            tally.add(one.seen, one.problems)
-    captions = [caption for one in everybody for caption in one.captions]
-    if not captions:
-        raise ConfigError(f"{manifest.place}: where={dict(where or {})} leaves no sample")
-    distinct = list(dict.fromkeys(captions))
-    place = {caption: row for row, caption in enumerate(distinct)}
-    texts = encode_shared(
-        model, distinct, batch_size=batch_size, context_length=context_length, share=share
-    )
-    return EmbeddedPairs(
-        images=share.gathered(torch.cat(rows)).numpy(),
-        texts=texts[[place[caption] for caption in captions]],
-        captions=captions,
-        fields=[fields for one in everybody for fields in one.fields],
-        ids=np.array([number for one in everybody for number in one.ids], np.int64),
-        keys=[key for one in everybody for key in one.keys],
-        fingerprint=manifest.fingerprint,
-        bad=tally.bad,
-    )
-
-
-@dataclass
-class _Told:
-    """What a process says of the samples that it embedded."""
-
-    captions: list[str] = field(default_factory=list)
-    fields: list[dict[str, Any]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    seen: int = 0
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, batch: Batch, rows: np.ndarray) -> None:
-        """Take in the wanted rows of a batch."""
-        self.captions += [batch.captions[row] for row in rows]
-        self.fields += [batch.fields[row] for row in rows]
-        self.ids += batch.ids[rows].tolist()
-        self.keys += [batch.keys[row] for row in rows]
-
-
-def encode_shared(
-    model: DualEncoder,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 256,
-    context_length: int | None = None,
-    share: Share = ALONE,
-) -> Float32[np.ndarray, "rows dim"]:
-    """Embed texts that all processes have, a share each; all of them get all rows."""
-    mine = share.rows(len(texts), batch_size=batch_size)
-    own = texts[mine.start : mine.stop]
-    rows = share.all_or_none(
-        lambda: model.encode_text(own, batch_size=batch_size, context_length=context_length)
-    )
-    return share.gathered(rows).numpy()
+_MOST_WORKERS = 16
+"""Decoding threads unless stated: each keeps a batch of pictures in memory."""
+_SAY_EVERY_S = 10.0
+_STOPPED = ".stopped"
+"""A file in the table's folder by which a process that fails tells the others."""
 
 
 def run(config: EmbedConfig) -> int:
-    """Embed a data set into a table; one that was cut off is gone on with."""
-    with run_folder.locked_beside(config.out):
-        return _run(config)
+    """Embed a data set into a table; one that was cut off is gone on with.
+
+    Returns:
+        0 when the table is whole, 130 after SIGINT or SIGTERM.
+    """
+    accelerator = processes()
+    share = Share.of(accelerator)
+    with ExitStack() as stack:
+        stack.enter_context(ending_with_others(share))
+
+        def lock() -> None:
+            if share.is_main:
+                stack.enter_context(run_folder.locked_beside(config.out))
+
+        share.all_or_none(lock)
+        code = _Embedding(config, share).run()
+    accelerator.end_training()
+    return code
 
 
-def _run(config: EmbedConfig) -> int:
-    opened = open_model(config.model)
-    model = opened.model
-    manifest = Manifest.open(config.data)
-    tally = DamageTally(
-        total=len(manifest), max_fraction=config.max_bad_fraction, strict=config.strict
-    )
+class _Embedding:
+    """One embedding, as one process sees it; all of its processes make it at once."""
 
-    def batches(start: int) -> Iterator[EmbeddedRows]:
-        stream = iterate(
-            manifest,
+    def __init__(self, config: EmbedConfig, share: Share) -> None:
+        self.config, self.share = config, share
+        self.manifest = self._main_first(lambda: Manifest.open(config.data))
+        share.refuse_different_data({config.data: self.manifest.fingerprint})
+        opened = share.all_or_none(lambda: open_model(config.model))
+        self.encoder = share.all_or_none(lambda: _encoder(config, opened, share))
+        self.writer: TableWriter = self._main_first(lambda: self._begin(opened))
+        self.reader = PartReader(
+            self.manifest,
+            rows_per_part=config.rows_per_part,
             batch_size=config.batch_size,
-            image_size=model.config.image_size,
-            start=start,
-            workers=1,
-            captions=config.caption_fields,
-            crop=FITS[model.config.fit],
-            tally=tally,
+            image_size=opened.model.config.image_size,
+            crop=FITS[opened.model.config.fit],
+            captions=_captions(config),
+            workers=min(_MOST_WORKERS, cores_each()) if config.workers is None else config.workers,
         )
-        yield from _embedded(_with_bar(stream, manifest, start), model, manifest, config)
+        self.names = np.array([shard.name for shard in self.manifest.shards])
+        self.stopped = config.out / _STOPPED
 
-    table = write_table(
-        config.out,
-        batches,
-        modalities=["image", "text"] if config.texts else ["image"],
-        dim=model.config.dim,
-        fingerprints={"model": opened.fingerprint, "data": manifest.fingerprint},
-        dtype=config.dtype,
-        rows_per_part=config.rows_per_part,
-        origin={"model": opened.place, "data": whereabouts(config.data)},
-    )
-    if tally.seen:  # nothing is, where the table was complete before
-        run_folder.write_json(config.out / "data_report.json", tally.report())
-    bad = tally.bad
-    listed = f", {bad} bad samples left out (data_report.json)" if bad else ""
-    print(f"{config.out}: {table.rows} rows{listed}{left_out(manifest)}")
-    return 0
+    def run(self) -> int:
+        """Write the missing parts, then the table's card; the exit code."""
+        share, done = self.share, self.writer.done
+        missing = share.told([n for n in range(self.reader.parts) if n not in done])[0]
+        whole = share.told(sorted(done))[0]
+        share.all_or_none(lambda: self.writer.verify(whole[share.rank :: share.ranks]))
+        if done and missing and share.is_main:
+            print(f"{self.config.out}: going on; {self._so_far()}", flush=True)
+        started = time.perf_counter()
+        samples = 0
+        if missing:
+            with StopOnSignal(together=not share.alone) as stop:
+                mine = missing[share.rank :: share.ranks]
+                samples = share.all_or_none(lambda: self._embed(mine, stop))
+                asked = any(share.told(stop.asked))
+            if asked:
+                if share.is_main:
+                    print(f"{self.config.out}: stopped; {self._so_far()}", flush=True)
+                return 130
+        rate = sum(share.told(samples)) / (time.perf_counter() - started)
+        share.all_or_none(lambda: self._finish(rate if missing else None))
+        return 0
 
+    def _so_far(self) -> str:
+        cards = read_parts(self.config.out).values()
+        return f"{sum(card.rows for card in cards):,} rows are in {len(cards):,} whole parts"
 
-def left_out(manifest: Manifest) -> str:
-    """What is known to be bad and is no sample, for the end of a line."""
-    problems = manifest.problems
-    return f"; {len(problems):,} left out, the first: {problems[0]}" if problems else ""
+    def _main_first(self, work: Callable[[], T]) -> T:
+        """What all processes make, the main one before the others: what it writes, they read."""
+        share = self.share
+        first = share.all_or_none(lambda: work() if share.is_main else None)
+        return share.all_or_none(lambda: work() if first is None else first)
 
+    def _begin(self, opened: OpenModel) -> TableWriter:
+        config = self.config
+        prints = {"model": opened.fingerprint, "data": self.manifest.fingerprint}
+        origin = {"model": opened.place, "data": whereabouts(config.data)}
+        if "fused" in config.rows:
+            head = config.head
+            prints["head"] = head_fingerprint(head) if head else "unit-length mean"
+            origin["head"] = str(head.resolve()) if head else None
+        writer = TableWriter(
+            config.out,
+            modalities=config.rows,
+            dim=opened.model.config.dim,
+            fingerprints=prints,
+            dtype=config.dtype,
+            rows_per_part=config.rows_per_part,
+            options={
+                "caption_fields": config.caption_fields,
+                "fields": config.fields,
+                "precision": self.encoder.precision,
+            },
+            origin=origin,
+        )
+        if self.share.is_main:
+            (config.out / _STOPPED).unlink(missing_ok=True)
+        return writer
 
-def _with_bar(batches: Iterable[Batch], manifest: Manifest, start: int) -> Iterator[Batch]:
-    with tqdm(
-        total=len(manifest), initial=start, unit="samples", desc="embed", disable=None
-    ) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(batch.consumed - bar.n)
+    def _embed(self, parts: Sequence[int], stop: StopOnSignal) -> int:
+        """Write these parts, as far as nobody asks to stop; how many samples were seen."""
+        try:
+            return self._write(parts, stop)
+        except Exception:
+            if not self.share.alone:
+                self.stopped.touch()
+            raise
 
+    def _write(self, parts: Sequence[int], stop: StopOnSignal) -> int:
+        tally = self._tally(self.writer.done.values())
+        rows: list[EmbeddedRows] = []
+        made, seen = _Made(), 0
+        total = sum(len(self.reader.samples(part)) for part in parts)
+        with (
+            self.reader.pieces(parts) as pieces,
+            self.encoder.ready(),
+            _Progress(total, self.share) as progress,
+        ):
+            for piece, seconds in _waited(pieces):
+                if stop.asked or (not self.share.alone and self.stopped.exists()):
+                    break
+                tally.add(piece.samples, piece.problems)
+                made.read(piece, seconds)
+                if piece.batch is not None:
+                    rows.append(self._rows(piece.batch))
+                if piece.last:
+                    made.encoded(self.encoder)
+                    self.writer.write(piece.part, rows, made.facts)
+                    rows, made = [], _Made()
+                seen += piece.samples
+                progress.add(piece.samples)
+        return seen
 
-def _embedded(
-    batches: Iterable[Batch], model: DualEncoder, manifest: Manifest, config: EmbedConfig
-) -> Iterator[EmbeddedRows]:
-    names = np.array([shard.name for shard in manifest.shards])
-    for batch in batches:
+    def _rows(self, batch: Batch) -> EmbeddedRows:
         ids = batch.ids.numpy()
-        embeddings = {"image": model.encode_image(batch.images).numpy()}
-        if config.texts:
-            embeddings["text"] = model.encode_text(batch.captions).numpy()
-        yield EmbeddedRows(
+        wanted = self.config.fields
+        return EmbeddedRows(
             ids=ids,
             keys=batch.keys,
-            captions=batch.captions,
-            shards=names[manifest.shard_numbers[ids]].tolist(),
-            embeddings=embeddings,
-            fields=batch.fields,
+            captions=[caption or None for caption in batch.captions],
+            shards=self.names[self.manifest.shard_numbers[ids]].tolist(),
+            embeddings=self.encoder.encode(batch),
+            fields=batch.fields if wanted is None else [_kept(one, wanted) for one in batch.fields],
         )
+
+    def _tally(self, cards: Iterable[PartCard]) -> DamageTally:
+        """What is known of bad samples; too many of them end the run.
+
+        Raises:
+            TooMuchDamageError: there are.
+        """
+        config, manifest = self.config, self.manifest
+        tally = DamageTally(len(manifest), config.max_bad_fraction, config.strict)
+        sizes = {shard.name: shard.samples for shard in manifest.shards}
+        tally.judge_scan(manifest.damage, sizes)
+        for card in cards:
+            bad = card.facts["bad"]
+            problems = [Problem(**{**one, "reason": Reason(one["reason"])}) for one in bad]
+            tally.add(card.facts["seen"], problems)
+        return tally
+
+    def _finish(self, rate: float | None) -> None:
+        """Judge the whole, write the report and the table's card, and say what there is."""
+        if not self.share.is_main:
+            return
+        out, cards = self.config.out, read_parts(self.config.out)
+        tally = self._tally(cards.values())
+        facts = [card.facts for card in cards.values()]
+        seconds = sum((Counter(one["seconds"]) for one in facts), Counter[str]())
+        cut = sum(one["cut"] for one in facts)
+        if rate is not None or not self.writer.card.complete:
+            report = {
+                "data": self.manifest.place,
+                "fingerprint": self.manifest.fingerprint,
+                **tally.report(),
+                "left_out": [problem.as_dict() for problem in self.manifest.problems],
+                "cut_captions": cut,
+                "seconds": {stage: round(seconds[stage], 3) for stage in STAGES},
+            }
+            run_folder.write_json(out / "data_report.json", report)
+            self.writer.finish()
+        card = self.writer.card
+        said = [f"{card.rows} rows of {card.dim} ({', '.join(card.modalities)})"]
+        if tally.bad:
+            said.append(f"{tally.bad} bad samples left out (data_report.json)")
+        if cut:
+            said.append(f"{cut} captions cut at {self.encoder.model.config.context_length} tokens")
+        if rate is not None:
+            said.append(f"{rate:.1f} samples/s")
+        whole = max(seconds.total(), 1e-9)
+        budget = ", ".join(f"{name} {seconds[k] / whole:.0%}" for k, name in STAGES.items())
+        print(f"{out}: {', '.join(said)}; time: {budget}{left_out(self.manifest)}", flush=True)
+
+
+@dataclass
+class _Made:
+    """What the card of a part says beside its rows.
+
+    Attributes:
+        seen: samples, good and bad.
+        bad: the bad ones.
+        cut: captions longer than the context.
+        seconds: by stage.
+    """
+
+    seen: int = 0
+    bad: list[dict[str, str]] = field(default_factory=list)
+    cut: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def read(self, piece: Piece, seconds: float) -> None:
+        """Take in a piece that was waited for."""
+        self.seen += piece.samples
+        self.bad += [problem.as_dict() for problem in piece.problems]
+        self.seconds["read"] += seconds
+
+    def encoded(self, encoder: RowEncoder) -> None:
+        """Take over what an encoder counted; writing begins."""
+        self.cut, encoder.cut = encoder.cut, 0
+        self.seconds += encoder.seconds
+        encoder.seconds.clear()
+        self._writing = time.perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values, once the files of the part are written."""
+        self.seconds["write"] = time.perf_counter() - self._writing
+        seconds = {stage: round(self.seconds[stage], 4) for stage in STAGES}
+        return {"seen": self.seen, "bad": self.bad, "cut": self.cut, "seconds": seconds}
+
+
+class _Progress:
+    """A bar with rate and time left; plain lines where the output is piped."""
+
+    def __init__(self, total: int, share: Share) -> None:
+        self._of = "" if share.alone else f" (process {share.rank} of {share.ranks})"
+        self._total, self._done = total, 0
+        self._is_told = share.is_main
+        self._started = self._said = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        self._bar = tqdm(
+            total=self._total,
+            unit="samples",
+            desc=f"embed{self._of}",
+            disable=None if self._is_told else True,
+            dynamic_ncols=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, samples: int) -> None:
+        """So many samples more are done."""
+        self._bar.update(samples)
+        self._done += samples
+        now = time.perf_counter()
+        if not self._is_told or not self._bar.disable or now - self._said < _SAY_EVERY_S:
+            return
+        self._said = now
+        rate = self._done / (now - self._started)
+        left = duration((self._total - self._done) / rate)
+        print(
+            f"{self._done:,} of {self._total:,} samples{self._of}, {rate:.1f} samples/s, about "
+            f"{left} to go",
+            flush=True,
+        )
+
+
+def _waited(pieces: Iterator[Piece]) -> Iterator[tuple[Piece, float]]:
+    """Each piece, and how long it had to be waited for."""
+    while True:
+        started = time.perf_counter()
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece, time.perf_counter() - started
+
+
+def _encoder(config: EmbedConfig, opened: OpenModel, share: Share) -> RowEncoder:
+    head = load_head(config.head, towers=opened.fingerprint) if config.head else None
+    precision = precision_for(config.precision, share.device)
+    return RowEncoder(
+        opened.model, config.rows, head=head, device=share.device, precision=precision
+    )
+
+
+def _captions(config: EmbedConfig) -> CaptionRule:
+    """Pictures alone need no caption."""
+    kind = OptionalCaption if config.rows == ["image"] else CaptionRule
+    return kind(tuple(config.caption_fields))
+
+
+def _kept(fields: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """The wanted fields of a sample; dots lead into objects."""
+    kept = {}
+    for name in wanted:
+        value: Any = fields
+        for key in [name] if name in fields else name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            kept[name] = value
+    return kept
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from eval.prompts import class_prototypes, fill
 from eval.results import Report, format_table
 from eval.tasks import retrieval, zero_shot
 from pipelines import run_folder
-from pipelines.embed import EmbeddedPairs, embed_pairs, left_out
+from pipelines.pairs import EmbeddedPairs, embed_pairs, left_out
 from pipelines.schemas import EvaluateConfig, TaskConfig
 from shards.manifest import Manifest
 

@@ -252,7 +252,7 @@ def stopping_with_others(config: PretrainConfig, accelerator: Accelerator) -> It
     try:
         yield
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not _is_of_an_exchange(error):
+        if accelerator.num_processes == 1 or not is_of_an_exchange(error):
             raise
         raise RunError(
             f"process {accelerator.process_index} of {accelerator.num_processes} stops, since "
@@ -262,7 +262,8 @@ def stopping_with_others(config: PretrainConfig, accelerator: Accelerator) -> It
         ) from error
 
 
-def _is_of_an_exchange(error: RuntimeError) -> bool:
+def is_of_an_exchange(error: RuntimeError) -> bool:
+    """Whether an error says that processes could not exchange something."""
     marks = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(mark in str(error) for mark in marks)
 

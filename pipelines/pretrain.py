@@ -19,9 +19,9 @@ from pipelines.bundles import bundle_of, save_bundle
 from pipelines.cadence import agreed
 from pipelines.checkup.report import percent
 from pipelines.config import ConfigError, read_yaml
-from pipelines.embed import left_out
 from pipelines.guard import measure, refuse_streak, refuse_useless
 from pipelines.learning import format_rows, origins, summary
+from pipelines.pairs import left_out
 from pipelines.parallel import accelerator_of, statistics_of_pieces, stopping_with_others
 from pipelines.progress import Observer, StopOnSignal, TrainingLog
 from pipelines.run_page import RunFacts, RunPage

@@ -10,8 +10,8 @@ from eval.results import Figure, Report
 from eval.tasks import DIRECTIONS
 from pipelines.cadence import Cadence
 from pipelines.config import ConfigError
-from pipelines.embed import EmbeddedPairs, chosen, embed_pairs, encode_shared
 from pipelines.evaluate import class_prompts, rows_of, run_task
+from pipelines.pairs import EmbeddedPairs, chosen, embed_pairs, encode_shared
 from pipelines.schemas import PretrainConfig, TaskConfig
 from pipelines.together import Share
 from pipelines.training import Training

@@ -229,10 +229,10 @@ def test_parts_come_in_any_order_from_several_writers(tmp_path):
         "rows_per_part": 10,
     }
     first, second = (TableWriter(tmp_path / "t", **options) for _ in range(2))
-    second.write(1, [], {"bad": 10})
+    second.write(1, [], lambda: {"bad": 10})
     second.write(2, [rows(20, 23)])
     assert first.done == {}
-    first.write(0, [rows(0, 4), rows(4, 10, skip=(9,))], {"bad": 1})
+    first.write(0, [rows(0, 4), rows(4, 10, skip=(9,))], lambda: {"bad": 1})
     first.finish()
     again = TableWriter(tmp_path / "t", **options)
     assert again.card.complete

@@ -21,7 +21,7 @@ from align.tokenizer import Tokenizer
 from pipelines import pretrain, run_folder
 from pipelines.cli import main, parse, shipped
 from pipelines.config import ConfigError, build, read_yaml, to_yaml
-from pipelines.embed import embed_pairs
+from pipelines.pairs import embed_pairs
 from pipelines.schemas import DemoConfig, DoctorConfig, PretrainConfig
 from pipelines.schemas.presets import laid_under, preset, presets
 from pipelines.training import make_crop, make_model

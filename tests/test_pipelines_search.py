@@ -22,8 +22,8 @@ from pipelines import pretrain
 from pipelines.cli import VERBS, main, parse
 from pipelines.config import build
 from pipelines.pictures import GridHit, draw_grid
+from pipelines.queries import Query, QueryEncoder, Term
 from pipelines.schemas import PretrainConfig
-from pipelines.search import embed_query
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_search_prints_and_draws_what_the_model_says(how, place, tmp_path, capsy
         assert caption == " ".join(key.split("-")[1:])
     with Image.open(tmp_path / "deep" / "hits.png") as drawn:
         assert drawn.format == "PNG"
-        assert drawn.size == (6 * 148 + 20, 64 + 2 * (148 + 46) + 20)
+        assert drawn.size == (6 * 148 + 20, 64 + 2 * (148 + 62) + 20)
     assert "(48 pictures in" in printed
     assert str(tmp_path / "deep" / "hits.png") in printed
 
@@ -156,13 +156,16 @@ def test_hits_are_printed_also_where_the_shards_are_gone(place, tmp_path, capsys
 
     shutil.copytree(place / "index", index)
     card = json.loads((index / "index.json").read_text())
-    card["origin"]["data"] = "/gone"
+    card["sources"][0]["origin"]["data"] = "/gone"
     (index / "index.json").write_text(json.dumps(card))
     run("search", "dot", f"index={index}", f"out={tmp_path}/hits.png")
     printed = capsys.readouterr().out
     assert hits_in(printed)
-    assert "the shards are no longer at /gone" in printed
-    assert not (tmp_path / "hits.png").exists()
+    assert "captions instead of pictures: the shards are no longer at /gone" in printed
+    assert printed.count("/gone") == 1, "one line says it for all of them"
+    with Image.open(tmp_path / "hits.png") as drawn:
+        tile = drawn.crop((20, 64, 148, 192))
+    assert len(set(tile.getdata())) > 2, "the caption stands where the picture was"
 
 
 def test_what_is_no_picture_is_told(place, tmp_path, capsys):
@@ -170,7 +173,7 @@ def test_what_is_no_picture_is_told(place, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((place / "query.png").read_bytes()[:100])
     for name, says in {
         "nowhere.png": "image: there is no file",
-        "words.txt": "cannot be read as a picture",
+        "words.txt": "cannot be read as a picture (undecodable: not a picture of a known format)",
         "cut.png": "cannot be read as a picture",
         ".": "image: ",
     }.items():
@@ -213,7 +216,7 @@ def test_a_grid_has_a_row_for_every_six_hits(count):
     ]
     sheet = draw_grid("what was asked " * 20, hits)
     rows = -(-count // 6)
-    assert sheet.size == (6 * 148 + 20, 64 + rows * (148 + 46) + 20)
+    assert sheet.size == (6 * 148 + 20, 64 + rows * (148 + 62) + 20)
     narrow = draw_grid("x", hits, columns=2)
     assert narrow.width == 2 * 148 + 20
 
@@ -398,13 +401,12 @@ def test_fuse_compares_every_head_on_the_same_queries(place, fuse_values, tmp_pa
     with Image.open(io.BytesIO((place / "query.png").read_bytes())) as query:
         from align.fusion.store import load_head
 
-        vector = embed_query(
+        encoder = QueryEncoder(
             align.load(place / "run" / "bundle"),
-            text="blue instead of red",
-            picture=query,
-            head=load_head(head, towers=fingerprint(place / "run" / "bundle")),
+            {"it": load_head(head, towers=fingerprint(place / "run" / "bundle"))},
         )
-    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+        vectors = encoder.vectors([Query((Term(query), Term("blue instead of red")), "it")])
+    assert np.linalg.norm(vectors[0]) == pytest.approx(1, abs=1e-5)
     save(tiny_model(), tmp_path / "other")
     with pytest.raises(ValueError, match="was trained on other towers"):
         load_head(head, towers=fingerprint(tmp_path / "other"))
@@ -414,6 +416,9 @@ def test_a_head_that_is_none_is_told(place, tmp_path, capsys):
     arguments = ["dot", f"image={place}/query.png", f"index={place}/index"]
     line = refused(capsys, "search", *arguments, f"head={tmp_path}")
     assert f"{tmp_path} is no fusion head" in line
+    line = refused(capsys, "search", *arguments, "head=intermediat")
+    assert "head: 'intermediat' is no folder of a fusion head" in line
+    assert f"nor one of the heads of {place}/run/bundle (known: none there" in line
 
 
 def without_base(path: str, folder: Path) -> Path:
@@ -508,8 +513,8 @@ def test_one_caption_under_two_labels_is_two_candidates(tmp_path):
     """Two dogs, two ids, one caption: each picture has its own right answer, and they tie."""
     from dataclasses import replace
 
-    from pipelines.embed import EmbeddedPairs
     from pipelines.evaluate import retrieval_report
+    from pipelines.pairs import EmbeddedPairs
 
     pairs = EmbeddedPairs(
         images=np.eye(3, dtype=np.float32),

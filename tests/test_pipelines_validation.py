@@ -17,8 +17,8 @@ import align
 from align.checkpoint import checkpoints
 from pipelines import pretrain, run_folder, validation
 from pipelines.config import ConfigError, RunError, build
-from pipelines.embed import EmbeddedPairs, embed_pairs, encode_shared
 from pipelines.evaluate import evaluate
+from pipelines.pairs import EmbeddedPairs, embed_pairs, encode_shared
 from pipelines.schemas import EvaluateConfig, PretrainConfig
 from pipelines.together import ALONE, Share
 from shards.damage import TooMuchDamageError

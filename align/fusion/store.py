@@ -1,5 +1,6 @@
 """A trained fusion head as a folder: what it is, its weights, and the towers it belongs to."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,18 @@ def load_head(folder: Path | str, *, towers: str) -> FusionHead:
             f"these are {towers[:12]}): train it again with `align fuse`"
         )
     return head.eval()
+
+
+def head_fingerprint(folder: Path | str) -> str:
+    """What names a head: a SHA-256 over its description and its weights.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    digest = hashlib.sha256()
+    for name in ("head.json", "head.safetensors"):
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is no fusion head: it has no {name}")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

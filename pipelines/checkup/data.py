@@ -13,7 +13,7 @@ import numpy as np
 from align.tokenizer import Tokenizer
 from pipelines.captions import CaptionWriter
 from pipelines.checkup.report import CheckUp, percent, several, size
-from pipelines.embed import chosen
+from pipelines.pairs import chosen
 from pipelines.schemas import PretrainConfig
 from pipelines.schemas.values import samples_of
 from shards.captions import CaptionRule
