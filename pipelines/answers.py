@@ -87,9 +87,11 @@ def in_words(query: QueryConfig) -> str:
     for weight, what in parts:
         sign = "- " if weight < 0 else "+ "
         line += sign.lstrip("+ ") + what if not line else f" {sign}{what}"
-    filters = [query.where] if query.where else []
-    filters += [json.dumps(query.fields, ensure_ascii=False)] if query.fields else []
-    return " ".join(" where ".join([line, *filters]).split())
+    line += f", balance {query.balance:g}" if query.balance is not None else ""
+    line += f", fused by {query.head}" if query.head else ""
+    line += f", where {query.where}" if query.where else ""
+    line += f", with {json.dumps(query.fields, ensure_ascii=False)}" if query.fields else ""
+    return " ".join(line.split())
 
 
 def as_table(answers: Iterable[Answer], searched: str) -> Iterator[str]:

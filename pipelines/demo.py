@@ -19,11 +19,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from align.bundle import load
+from align.folders import whole_folder
 from eval.results import Report, format_table
 from pipelines import embed, fuse, index, pretrain, run_folder
 from pipelines.config import ConfigError, read_yaml
 from pipelines.demo_page import DemoRun, write_page
 from pipelines.evaluate import Evaluation, evaluate
+from pipelines.heads import HEADS
 from pipelines.schemas import DemoConfig, EmbedConfig
 from shards import demo as data
 from shards.catalog import MANIFEST_FILE
@@ -69,7 +71,10 @@ def _run_stages(config: DemoConfig) -> int:
     with clock.stage("embed"):
         embed.run(
             EmbedConfig(
-                model=str(out / "bundle"), data=str(out / "shards" / "vendor"), out=out / "table"
+                model=str(out / "bundle"),
+                data=str(out / "shards" / "vendor"),
+                out=out / "table",
+                precision="fp32",  # figures do not depend on the machine's kind
             )
         )
     with clock.stage("index"):
@@ -79,6 +84,7 @@ def _run_stages(config: DemoConfig) -> int:
     with clock.stage("fuse"):
         _write_pairs(out)
         comparison = fuse.compare_heads(load(out / "bundle"), config.fuse)
+        _add_heads(out / "fuse" / HEADS, out / "bundle" / HEADS)
     with clock.stage("report"):
         finished = DemoRun(config, evaluations, comparison, clock.seconds)
         write_page(finished, out / "report.html")
@@ -155,6 +161,13 @@ def _pack(split: str, out: Path) -> None:
     print(f"{out}: {len(manifest)} samples, {data.SPLITS[split].description}")
 
 
+def _add_heads(trained: Path, place: Path) -> None:
+    """Put the trained heads into the bundle, where search and the server find them by name."""
+    with whole_folder(place) as beside:
+        for head in sorted(trained.iterdir()):
+            shutil.copytree(head, beside / head.name)
+
+
 def _write_pairs(out: Path) -> None:
     """Composed queries: to train on from the artists trained on, to test on from the other."""
     train, _ = split_by_base(_pairs_of("train"), share=HELD_OUT_BASES)
@@ -227,6 +240,7 @@ def _announce(out: Path, note: str) -> None:
     print(f"figures  {out / 'results.json'}")
     print(f"model    {out / 'bundle'}")
     print(f"page     {(out / 'report.html').resolve()}")
+    print(f"search   align serve {out / 'index'}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ _CELL, _MARGIN, _TEXT, _HEAD = 148, 20, 62, 64
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _COLUMNS = ((36, 6), (96, 8), (10**9, 12))
 """Up to so many hits, a grid has so many columns."""
+
+
+_OTHER_SCRIPTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "seguisym.ttf")
 
 
 class PicturesGoneError(ValueError):
@@ -165,7 +169,8 @@ def draw_grid(title: str, hits: Sequence[GridHit], *, columns: int | None = None
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     width = size[0] - 2 * _MARGIN
-    draw.text((_MARGIN, _MARGIN), _lines(draw, title, width, 22, most=1)[0], "#111", _font(22))
+    font = _font(22, is_latin=_is_latin(title))
+    draw.text((_MARGIN, _MARGIN), _lines(draw, title, width, 22, most=1)[0], "#111", font)
     for place, hit in enumerate(hits):
         left = _MARGIN + place % columns * _CELL
         top = _HEAD + place // columns * (_CELL + _TEXT)
@@ -189,10 +194,12 @@ def _draw_cell(
 ) -> None:
     inner = _CELL - _MARGIN
     box = (left - 1, top - 1, left + inner, top + inner)
+    below = top + inner + 5
+    font = _font(13, is_latin=_is_latin(hit.caption))
     if hit.picture is None:
         draw.rectangle(box, fill="#eee", outline="#ddd")
         for number, line in enumerate(_lines(draw, hit.caption, inner - 16, 13, most=6)):
-            draw.text((left + 8, top + 8 + 18 * number), line, "#222", _font(13))
+            draw.text((left + 8, top + 8 + 18 * number), line, "#222", font)
     else:
         scale = inner / max(hit.picture.size)
         wide, high = (max(1, round(side * scale)) for side in hit.picture.size)
@@ -200,19 +207,31 @@ def _draw_cell(
         corner = (left + (inner - picture.width) // 2, top + (inner - picture.height) // 2)
         sheet.paste(picture, corner)
         draw.rectangle(box, outline="#ddd")
-        for number, line in enumerate(_lines(draw, hit.caption, inner, 13, most=2)):
-            draw.text((left, top + inner + 5 + 16 * number), line, "#222", _font(13))
+        for line in _lines(draw, hit.caption, inner, 13, most=2):
+            draw.text((left, below), line, "#222", font)
+            below += 16
     alike = f"   and {hit.copies} alike" if hit.copies else ""
-    draw.text((left, top + inner + 39), f"{hit.score:.3f}{alike}", "#777", _font(12))
+    draw.text((left, below + 2), f"{hit.score:.3f}{alike}", "#777", _font(12))
 
 
-def _font(size: int) -> _Font:
+@cache
+def _font(size: int, *, is_latin: bool = True) -> _Font:
+    """Pillow's own font; for other scripts one of the system's, where there is one."""
+    for name in () if is_latin else _OTHER_SCRIPTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
     return ImageFont.load_default(size)
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(letter) < 0x250 or 0x2010 <= ord(letter) < 0x2070 for letter in text)
 
 
 def _lines(draw: ImageDraw.ImageDraw, text: str, width: int, size: int, *, most: int) -> list[str]:
     """The text in lines of this width, broken between words; an ellipsis where it is cut."""
-    font = _font(size)
+    font = _font(size, is_latin=_is_latin(text))
     longest = most * width // 2  # no letter is narrower than two pixels
     words = text.encode("utf-8", "replace").decode()[: longest + 1].split()
     lines = [""]

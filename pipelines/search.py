@@ -63,7 +63,13 @@ class Search:
                 f"model: {config.index} does not say which model it was made with; name it"
             )
         opened = open_model(place)
-        if opened.fingerprint != card.fingerprints["model"]:
+        made_with = card.fingerprints.get("model")  # an index of another tool may not say
+        if not made_with and opened.model.config.dim != card.dim:
+            raise ConfigError(
+                f"{place}: gives vectors of {opened.model.config.dim}, but {config.index} holds "
+                f"vectors of {card.dim}: it was made with another model"
+            )
+        if made_with and opened.fingerprint != made_with:
             raise ConfigError(
                 f"{place}: not the model that {config.index} was made with; embed and index again"
             )
