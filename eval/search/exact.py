@@ -9,7 +9,7 @@ from numpy import ndarray
 from eval.index.rows import IndexRows
 from eval.search.filters import Allowed
 
-_BLOCK = 65_536
+_BLOCK = 4096
 """Rows at a time."""
 _PRODUCTS = 2**24
 """Scores in memory at a time."""

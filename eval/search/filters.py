@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 LONGEST = 10_000
 """Characters of an SQL expression."""
+NESTED = 200
+"""Opening brackets in one; DuckDB's parser takes the square of their number where one is not
+closed, and is not interrupted meanwhile."""
 _REMEMBERED_BYTES = 64 * 2**20
 """Of the answers that are kept, because pages of one search ask the same again."""
 _LOCKED = (
@@ -92,7 +95,7 @@ class RowFilter:
         rows: IndexRows,
         removed: Int64[ndarray, " removed"],
         *,
-        seconds: float = 10.0,
+        seconds: float = 5.0,
         memory: str = "1GB",
     ) -> None:
         self._rows = rows
@@ -192,6 +195,8 @@ class RowFilter:
         """
         if len(where) > LONGEST:
             raise ValueError(f"where: longer than {LONGEST} characters")
+        if where.count("(") > NESTED:
+            raise ValueError(f"where: more than {NESTED} brackets")
         try:
             parsed, plain = (self._parsed(f"SELECT {text}\n") for text in (where, "1"))
         except RecursionError as error:

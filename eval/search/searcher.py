@@ -1,6 +1,7 @@
 """Search in an index folder: vectors in, full lists of hits with their metadata out."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,12 @@ from numpy import ndarray
 
 from eval.index.folder import open_index
 from eval.metrics import check_rows
-from eval.search.exact import exact_among
+from eval.search.diverse import collapse_copies, spread
+from eval.search.engine import Engine
 from eval.search.filters import Allowed, RowFilter
 from eval.search.hits import FieldSummary, Hits, Neighbours
+from eval.search.plan import Plan, Planner
+from eval.search.ranking import Ranking
 from eval.search.summary import summaries
 from eval.table import unit_rows
 
@@ -22,7 +26,25 @@ __all__ = ["FieldSummary", "Hits", "Neighbours", "SampleId", "Searcher"]
 SampleId = int | np.integer
 """A stable sample id, as Python or NumPy count."""
 
-Plan = Literal["auto", "exact", "selector", "overfetch"]
+_POOL = 5
+"""Candidates for each hit of a page, among which hits unlike each other are picked."""
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Some hits of one query, and how many near-duplicates each stands for."""
+
+    rows: Int64[ndarray, " hits"]
+    scores: Float32[ndarray, " hits"]
+    copies: Int64[ndarray, " hits"]
+
+    def at(self, places: Int64[ndarray, " some"], copies: Int64[ndarray, " some"]) -> "_Picked":
+        """Those at these places, standing for so many."""
+        return _Picked(self.rows[places], self.scores[places], copies)
+
+    def first(self, count: int) -> "_Picked":
+        """The first so many."""
+        return _Picked(self.rows[:count], self.scores[:count], self.copies[:count])
 
 
 class Searcher:
@@ -48,7 +70,7 @@ class Searcher:
         opened = open_index(folder, check=check, memory_map=memory_map)
         self.card = opened.card
         self.rows = opened.rows
-        self._index = opened.index
+        self._planner = Planner(Engine(opened.index), opened.rows, opened.card)
         self._filter = RowFilter(opened.rows, opened.removed)
 
     @property
@@ -93,16 +115,29 @@ class Searcher:
         Raises:
             ValueError: As :meth:`neighbours`.
         """
+        _check_options(min_score, collapse, diversity, offset)
         allowed = self._filter.allowed(where, fields)
-        found = self._lists(vectors, k, allowed, exclude)
-        return Hits(
-            found.ids,
-            found.scores,
-            [self.metadata(ids[ids >= 0]) for ids in found.ids],
-            matching=self.card.rows if allowed is None else allowed.count,
-            plan="exact",
-            copies=np.zeros_like(found.ids),
+        ranking = self._ranking(vectors, k, allowed, exclude, plan)
+        picked = self._picked(
+            ranking,
+            offset + k,
+            page=k,
+            min_score=-np.inf if min_score is None else min_score,
+            collapse=collapse,
+            diversity=diversity,
         )
+        pages = [(one.rows[offset:], one.scores[offset:], one.copies[offset:]) for one in picked]
+        matching = self.card.rows if allowed is None else allowed.count
+        width = max(min(k, matching - offset), 0)
+        ids = np.full((len(vectors), width), -1, np.int64)
+        scores = np.full((len(vectors), width), -np.inf, np.float32)
+        copies = np.zeros((len(vectors), width), np.int64)
+        for query, (rows, cosines, stands_for) in enumerate(pages):
+            ids[query, : len(rows)] = self.ids[rows]
+            scores[query, : len(rows)] = cosines
+            copies[query, : len(rows)] = stands_for
+        metadata = [self.rows.metadata(rows) for rows, *_ in pages]
+        return Hits(ids, scores, metadata, matching, ranking.plan, copies)
 
     def neighbours(
         self,
@@ -110,6 +145,7 @@ class Searcher:
         k: int,
         *,
         exclude: Sequence[Collection[SampleId]] | None = None,
+        plan: Plan = "auto",
     ) -> Neighbours:
         """As :meth:`search`, without looking up the metadata.
 
@@ -120,7 +156,16 @@ class Searcher:
             ValueError: `k` is below 1, the vectors are not as wide as the index, one of them has no
                 direction (NaN, infinity, zeros), or `exclude` has another length.
         """
-        return self._lists(vectors, k, self._filter.live, exclude)
+        live = self._filter.live
+        ranking = self._ranking(vectors, k, live, exclude, plan)
+        ranking.deepen(k)
+        width = min(k, self.live)
+        ids = np.full((len(vectors), width), -1, np.int64)
+        scores = np.full((len(vectors), width), -np.inf, np.float32)
+        for query, (rows, found) in enumerate(zip(ranking.rows, ranking.scores, strict=True)):
+            ids[query, : len(rows)] = self.ids[rows[:width]]
+            scores[query, : len(rows)] = found[:width]
+        return Neighbours(ids, scores)
 
     def similar(self, ids: Sequence[SampleId], k: int, **options: Any) -> Hits:
         """Rows like these rows of the index, each without itself.
@@ -162,27 +207,66 @@ class Searcher:
             raise ValueError(f"the index holds no sample with id {ids[np.argmin(rows)]}")
         return rows
 
-    def _lists(
+    def _ranking(
         self,
         vectors: Float[ndarray, "queries dim"],
         k: int,
         allowed: Allowed | None,
         exclude: Sequence[Collection[SampleId]] | None,
-    ) -> Neighbours:
+        plan: Plan,
+    ) -> Ranking:
         self._check(vectors, k, exclude)
-        most = self.card.rows if allowed is None else allowed.count
-        k = min(k, most)
-        ids = np.full((len(vectors), k), -1, dtype=np.int64)
-        scores = np.full((len(vectors), k), -np.inf, dtype=np.float32)
-        banned = [self.rows.held(some) for some in exclude or [()] * len(vectors)]
-        if len(vectors) and k:
-            deepest = min(most, k + max(len(rows) for rows in banned))
-            all_scores, all_rows = self._full_lists(unit_rows(vectors), deepest, allowed)
-            for query, rows in enumerate(banned):
-                good = np.flatnonzero(~np.isin(all_rows[query], rows))[:k]
-                ids[query, : len(good)] = self.ids[all_rows[query, good]]
-                scores[query, : len(good)] = all_scores[query, good]
-        return Neighbours(ids, scores)
+        return Ranking(
+            self._planner,
+            unit_rows(vectors),
+            first=k,
+            allowed=allowed,
+            banned=[self.rows.held(some) for some in exclude or [()] * len(vectors)],
+            plan=plan,
+        )
+
+    def _picked(
+        self,
+        ranking: Ranking,
+        count: int,
+        *,
+        page: int,
+        min_score: float,
+        collapse: float | None,
+        diversity: float,
+    ) -> list[_Picked]:
+        """The first so many hits of every list."""
+        wanted = count if diversity == 0 else _POOL * count
+        depth = wanted if collapse is None else 2 * wanted
+        while True:
+            ranking.deepen(depth)
+            picked, all_full = [], True
+            for rows, scores in zip(ranking.rows, ranking.scores, strict=True):
+                good = scores >= min_score
+                left = _Picked(rows[good], scores[good], np.zeros(good.sum(), np.int64))
+                if collapse is not None:
+                    vectors = self.rows.vectors(left.rows)
+                    kept = collapse_copies(vectors, collapse, wanted)
+                    all_full &= len(kept.places) == wanted or not good.all()
+                    left = left.at(kept.places, kept.copies)
+                picked.append(left)
+            if collapse is None or all_full or ranking.whole:
+                break
+            depth *= 2
+        if diversity == 0:
+            return [one.first(count) for one in picked]
+        return [self._spread(one, count, page, diversity) for one in picked]
+
+    def _spread(self, hits: _Picked, count: int, page: int, diversity: float) -> _Picked:
+        places = spread(
+            hits.scores,
+            self.rows.vectors(hits.rows),
+            count=count,
+            diversity=diversity,
+            page=page,
+            pool=_POOL * page,
+        )
+        return hits.at(places, hits.copies[places])
 
     def _check(
         self,
@@ -201,13 +285,15 @@ class Searcher:
             raise ValueError(f"exclude: {len(exclude)} entries for {len(vectors)} queries")
         check_rows(vectors, "query")
 
-    def _full_lists(
-        self, queries: Float32[ndarray, "queries dim"], k: int, allowed: Allowed | None
-    ) -> tuple[Float32[ndarray, "queries k"], Int64[ndarray, "queries k"]]:
-        if allowed is not None:
-            return exact_among(self.rows, queries, k, allowed)
-        scores, rows = self._index.search(queries, k)
-        short = np.flatnonzero((rows < 0).any(axis=1))
-        if len(short):
-            scores[short], rows[short] = exact_among(self.rows, queries[short], k)
-        return scores, rows
+
+def _check_options(
+    min_score: float | None, collapse: float | None, diversity: float, offset: int
+) -> None:
+    if min_score is not None and not np.isfinite(min_score):
+        raise ValueError(f"min_score must be a number, not {min_score}")
+    if collapse is not None and not 0 < collapse <= 1:
+        raise ValueError(f"collapse must be above 0 and at most 1, not {collapse}")
+    if not 0 <= diversity <= 1:
+        raise ValueError(f"diversity must be from 0 to 1, not {diversity}")
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, not {offset}")
