@@ -18,7 +18,10 @@ def weights_fingerprint(model: DualEncoder) -> str:
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     tokenizer = model.tokenizer
     cleaning = f"{tokenizer.context_length} {tokenizer.clean} "
-    digest.update((cleaning + tokenizer.backend.backend_tokenizer.to_str()).encode())
+    vocabulary = json.loads(tokenizer.backend.backend_tokenizer.to_str())
+    for setting in ("truncation", "padding"):  # these are of its last use, and no part of it
+        vocabulary.pop(setting, None)
+    digest.update((cleaning + json.dumps(vocabulary, sort_keys=True)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

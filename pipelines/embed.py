@@ -7,7 +7,6 @@ writes it, nor on what was killed before.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -122,7 +121,7 @@ class _Embedding:
     def _begin(self, opened: OpenModel) -> TableWriter:
         config = self.config
         prints = {"model": opened.fingerprint, "data": self.manifest.fingerprint}
-        origin = {"model": opened.place, "data": whereabouts(config.data)}
+        origin: dict[str, Any] = {"model": opened.place, "data": whereabouts(config.data)}
         if "fused" in config.rows:
             head = config.head
             prints["head"] = head_fingerprint(head) if head else "unit-length mean"
@@ -214,7 +213,7 @@ class _Embedding:
         out, cards = self.config.out, read_parts(self.config.out)
         tally = self._tally(cards.values())
         facts = [card.facts for card in cards.values()]
-        seconds = sum((Counter(one["seconds"]) for one in facts), Counter[str]())
+        seconds = {stage: sum(one["seconds"][stage] for one in facts) for stage in STAGES}
         cut = sum(one["cut"] for one in facts)
         if rate is not None or not self.writer.card.complete:
             report = {
@@ -223,7 +222,7 @@ class _Embedding:
                 **tally.report(),
                 "left_out": [problem.as_dict() for problem in self.manifest.problems],
                 "cut_captions": cut,
-                "seconds": {stage: round(seconds[stage], 3) for stage in STAGES},
+                "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
             }
             run_folder.write_json(out / "data_report.json", report)
             self.writer.finish()
@@ -235,7 +234,7 @@ class _Embedding:
             said.append(f"{cut} captions cut at {self.encoder.model.config.context_length} tokens")
         if rate is not None:
             said.append(f"{rate:.1f} samples/s")
-        whole = max(seconds.total(), 1e-9)
+        whole = max(sum(seconds.values()), 1e-9)
         budget = ", ".join(f"{name} {seconds[k] / whole:.0%}" for k, name in STAGES.items())
         print(f"{out}: {', '.join(said)}; time: {budget}{left_out(self.manifest)}", flush=True)
 
@@ -254,7 +253,7 @@ class _Made:
     seen: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
     cut: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def read(self, piece: Piece, seconds: float) -> None:
         """Take in a piece that was waited for."""
@@ -265,14 +264,15 @@ class _Made:
     def encoded(self, encoder: RowEncoder) -> None:
         """Take over what an encoder counted; writing begins."""
         self.cut, encoder.cut = encoder.cut, 0
-        self.seconds += encoder.seconds
+        for stage, spent in encoder.seconds.items():
+            self.seconds[stage] += spent
         encoder.seconds.clear()
         self._writing = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
         """As JSON values, once the files of the part are written."""
         self.seconds["write"] = time.perf_counter() - self._writing
-        seconds = {stage: round(self.seconds[stage], 4) for stage in STAGES}
+        seconds = {stage: round(spent, 4) for stage, spent in self.seconds.items()}
         return {"seen": self.seen, "bad": self.bad, "cut": self.cut, "seconds": seconds}
 
 

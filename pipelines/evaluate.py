@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from align.bundle import fingerprint, is_bundle, load, record_results
+from align.bundle import is_bundle, load, record_results
 from align.card import Result
 from align.model import DualEncoder
 from eval.prompts import class_prototypes, fill
 from eval.results import Report, format_table
 from eval.tasks import retrieval, zero_shot
 from pipelines import run_folder
+from pipelines.models import model_fingerprint
 from pipelines.pairs import EmbeddedPairs, embed_pairs, left_out
 from pipelines.schemas import EvaluateConfig, TaskConfig
 from shards.manifest import Manifest
@@ -70,7 +71,10 @@ def evaluate(model: DualEncoder, config: EvaluateConfig) -> dict[str, Evaluation
         with run_folder.locked(config.out):
             run_folder.record(config.out, config)
             results = {
-                "model": {"path": config.model, "fingerprint": fingerprint(config.model)},
+                "model": {
+                    "path": config.model,
+                    "fingerprint": model_fingerprint(model, config.model),
+                },
                 "seconds": round(time.perf_counter() - started, 2),
                 "reports": [one.report.to_json() for one in evaluations.values()],
             }

@@ -17,7 +17,7 @@ from pyarrow import ArrowInvalid, parquet
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from align.bundle import fingerprint, load
+from align.bundle import load
 from align.fusion import fusion_head
 from align.fusion.head import FusionHead
 from align.fusion.store import save_head
@@ -29,6 +29,7 @@ from eval.search.searcher import Searcher
 from eval.tasks import composed_retrieval
 from pipelines import run_folder
 from pipelines.config import ConfigError
+from pipelines.models import model_fingerprint
 from pipelines.schemas import FuseConfig, HeadConfig
 from shards.crop import FITS
 from shards.loader import iterate
@@ -140,7 +141,8 @@ def compare_heads(model: DualEncoder, config: FuseConfig) -> Comparison:
         )
     with run_folder.locked(config.out):
         run_folder.record(config.out, config)
-        searcher = open_matching_index(config)
+        towers = model_fingerprint(model, config.model)
+        searcher = open_matching_index(config, towers)
         train_set = picture_features(model, config.data, set(train_pairs.reference))
         test_set = picture_features(model, config.test_data, set(test_pairs.reference))
         texts, text_row = text_features(model, [*train_pairs.change, *test_pairs.change])
@@ -150,7 +152,6 @@ def compare_heads(model: DualEncoder, config: FuseConfig) -> Comparison:
 
         queries = plain_queries(test_queries, test_set.bank, texts)
         costs: dict[str, dict[str, int | float]] = {}
-        towers = fingerprint(config.model)
         for name, head in tqdm(heads.items(), desc="fusion heads", disable=None):
             started = time.perf_counter()
             train_head(
@@ -217,11 +218,11 @@ def check_heads(config: FuseConfig) -> None:
             raise ConfigError(f"heads.{title}: {head.name}: {error}") from error
 
 
-def open_matching_index(config: FuseConfig) -> Searcher:
+def open_matching_index(config: FuseConfig, towers: str) -> Searcher:
     """The index of the test pictures, if it belongs to the model and to the data."""
     searcher = Searcher(config.index)
     card = searcher.card
-    if card.fingerprints["model"] != fingerprint(config.model):
+    if card.fingerprints["model"] != towers:
         raise ConfigError(f"index: {config.index} was not made with {config.model}")
     if card.sources[0].data != Manifest.open(config.test_data).fingerprint:
         raise ConfigError(f"index: {config.index} was not made from {config.test_data}")

@@ -31,8 +31,12 @@ def open_model(place: str) -> OpenModel:
         ValueError: as `align.load`.
     """
     model = load(place)
-    named = weights_fingerprint(model) if interop.is_foreign(place) else fingerprint(place)
-    return OpenModel(model, named, whereabouts(place))
+    return OpenModel(model, model_fingerprint(model, place), whereabouts(place))
+
+
+def model_fingerprint(model: DualEncoder, place: str) -> str:
+    """The fingerprint of a model that was loaded from a place: of the bundle, or of its weights."""
+    return weights_fingerprint(model) if interop.is_foreign(place) else fingerprint(place)
 
 
 def whereabouts(place: str) -> str:

@@ -1,7 +1,6 @@
 """Batches of shards through a model into rows of a table: pictures, texts, and both fused."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -54,7 +53,7 @@ class RowEncoder:
         self.head = head.to(self.device).eval() if head is not None else None
         self.rows = tuple(rows)
         self.precision = precision
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.cut = 0
 
     @contextmanager
@@ -82,7 +81,8 @@ class RowEncoder:
             found["fused"] = self._fused(images, texts)
         clock.mark("text")
         embedded = {name: rows.float().cpu().numpy() for name, rows in found.items()}
-        self.seconds.update(clock.seconds())
+        for stage, spent in clock.seconds().items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         return embedded
 
     @property
