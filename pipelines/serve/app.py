@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
+from pipelines.knn_service import knn_router
 from pipelines.serve.answers import Service
 from pipelines.serve.asking import Asked, AskedTerm, json_bytes, read_asked, unreadable
 from pipelines.serve.docs_page import STYLE, docs_page
@@ -89,6 +90,7 @@ def application(service: Service, *, token: str | None = None) -> Gate:
     _add_rows(app, service)
     _add_state(app, service)
     _add_login(app, token)
+    app.include_router(knn_router(service))
     pages = _add_pages(app)
     _describe(app)
     return Gate(
