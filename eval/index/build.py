@@ -11,9 +11,10 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from align.folders import whole_folder
+from eval.index.asked import keep_queries
 from eval.index.blocks import blocks
 from eval.index.card import IndexCard, Reached, Speed
-from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums
+from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums, write_faiss
 from eval.index.recall import Queries, draw_queries, measured_costs, reached, speed
 from eval.index.tune import tune
 from eval.table import EmbeddingTable
@@ -34,6 +35,7 @@ class Measured:
         speed: At one thread and at all.
         costs: Seconds, for the planner of filtered search.
         tune_seconds: What tuning took, its exact answers included.
+        asked: The queries of `reached`.
     """
 
     knobs: str
@@ -43,6 +45,7 @@ class Measured:
     speed: tuple[Speed, ...]
     costs: dict[str, float]
     tune_seconds: float
+    asked: dict[str, Queries]
 
 
 def build_index(
@@ -102,7 +105,7 @@ def build_index(
         drawn=asked, progress=progress,
     )  # fmt: skip
     with whole_folder(out) as folder:
-        faiss.write_index(index, str(folder / "index.faiss"))
+        digest = write_faiss(index, folder / "index.faiss")
         source = take_rows(table, modality, folder, number=0, first_id=0, first_part=0)
         card = IndexCard(
             factory=factory,
@@ -120,6 +123,8 @@ def build_index(
             costs=facts.costs,
             fingerprints={k: v for k, v in table.card.fingerprints.items() if k != "data"},
             sources=(source,),
+            queries_file=keep_queries(facts.asked, folder),
+            files={"index.faiss": digest},
         )
         card = with_checksums(card, folder)
         card.save(folder)
@@ -252,6 +257,7 @@ def finished(
         speed=measured,
         costs=measured_costs(table, modality, measured, np.random.default_rng(seed)),
         tune_seconds=tune_seconds,
+        asked=held_out,
     )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def _opened(
         if check == "sha256" and file_sha256(path) != expected:
             raise ValueError(f"{path}: changed since it was written; build the index again")
     path = folder / card.index_file
-    index = read_faiss(path, memory_map=memory_map or card.lists_file is not None)
+    index = read_faiss(path, memory_map=memory_map, lists=card.lists_file)
     if (index.ntotal, index.d) != (card.rows, card.dim):
         raise ValueError(
             f"{path}: holds {index.ntotal} vectors of {index.d}, index.json says {card.rows} of "
@@ -101,16 +102,32 @@ def _opened(
         )
     if len(removed) != card.removed:
         raise ValueError(
-            f"{folder / card.removed_file!s}: lists {len(removed)} removed rows, index.json says "
-            f"{card.removed}; build the index again"
+            f"{folder / str(card.removed_file)}: lists {len(removed)} removed rows, index.json "
+            f"says {card.removed}; build the index again"
         )
     return OpenIndex(folder, card, index, rows, removed)
 
 
-def read_faiss(path: Path, *, memory_map: bool = False) -> faiss.Index:
-    """Read a FAISS index; lists beside it are looked for in its own folder."""
-    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR if memory_map else 0
-    return faiss_call(f"{path}", lambda: faiss.read_index(str(path), flags))
+def read_faiss(path: Path, *, memory_map: bool = False, lists: str | None = None) -> faiss.Index:
+    """Read a FAISS index.
+
+    Args:
+        path: Its file.
+        memory_map: Leave lists and flat codes in the file, which is read when they are.
+        lists: Name of the file with its inverted lists, in the same folder; they stay in it.
+    """
+    if lists is None:
+        flags = faiss.IO_FLAG_MMAP if memory_map else 0
+        return faiss_call(f"{path}", lambda: faiss.read_index(str(path), flags))
+    # The index names its lists without a folder. FAISS can look for them in the folder of the
+    # index, and says so on standard output each time: here it is handed the whole path.
+    place = str(path.resolve().with_name(lists)).encode()
+    said, whole = (struct.pack("<Q", len(name)) + name for name in (lists.encode(), place))
+    content = path.read_bytes()
+    if content.count(said) != 1:
+        raise ValueError(f"{path}: does not name {lists}; build the index again")
+    content = np.frombuffer(content.replace(said, whole), np.uint8)
+    return faiss_call(f"{path}", lambda: faiss.deserialize_index(content, faiss.IO_FLAG_READ_ONLY))
 
 
 def write_faiss(index: faiss.Index, path: Path) -> str:
@@ -125,7 +142,8 @@ def write_faiss(index: faiss.Index, path: Path) -> str:
             digest.update(data)
             file.write(data)
 
-        faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        writer = faiss.PyCallbackIOWriter(write)  # pyright: ignore[reportAttributeAccessIssue]
+        faiss.write_index(index, writer)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import faiss
 import numpy as np
@@ -21,6 +22,15 @@ _TIE = 1e-6
 """Scores this near are equal: float32 products differ by as much between two kinds of search."""
 _SECONDS = 0.5
 """How long a batch for timing takes at most, about."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What gives back rows by their number, such as an embedding table."""
+
+    def vectors(self, modality: str, rows: Int64[ndarray, " rows"]) -> Float32[ndarray, "rows dim"]:
+        """Unit-length rows in the order asked for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def found_by(index: faiss.Index, queries: Queries, depth: int) -> Int64[ndarray,
 
 
 def shares(
-    found: Int64[ndarray, "queries depth"], queries: Queries, table: EmbeddingTable, modality: str,
+    found: Int64[ndarray, "queries depth"], queries: Queries, table: Rows, modality: str,
     k: int,
 ) -> ndarray:  # fmt: skip
     """Per query, the share of the first `k` rows found whose score reaches the exact k-th best.
@@ -164,15 +174,13 @@ def shares(
 
 
 def reached(
-    index: faiss.Index, table: EmbeddingTable, modality: str, queries: Mapping[str, Queries]
+    index: faiss.Index, table: Rows, modality: str, queries: Mapping[str, Queries]
 ) -> tuple[Reached, ...]:
     """Measure an index, as it is set, for each kind of query."""
     return tuple(_reached(index, table, modality, kind, asked) for kind, asked in queries.items())
 
 
-def _reached(
-    index: faiss.Index, table: EmbeddingTable, modality: str, kind: str, asked: Queries
-) -> Reached:
+def _reached(index: faiss.Index, table: Rows, modality: str, kind: str, asked: Queries) -> Reached:
     most = asked.rows.shape[1]
     if most == 0:  # a single row, asked for its neighbours: nothing can be missed
         return Reached(kind, (_figure(10, np.ones(len(asked.vectors))),))

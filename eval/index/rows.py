@@ -118,11 +118,16 @@ class IndexRows:
         names = (name for one in self._metadata for name in one.schema.names)
         return list(dict.fromkeys(names))
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the metadata of all sources."""
+        return unified_schema([one.schema for one in self._metadata])
+
     @cached_property
     def table(self) -> pa.Table:
         """The metadata of all rows, mapped; `id` is the id within this index."""
         tables = [one.table() for one in self._metadata]
-        schema = unified_schema([one.schema for one in tables])
+        schema = self.schema
         whole = []
         for number, (source, one) in enumerate(zip(self.sources, tables, strict=True)):
             first = int(self._first[number])
