@@ -66,9 +66,9 @@ def hit_of(row: Mapping[str, Any], score: float, copies: int) -> dict[str, Any]:
     """A hit by its parts: what every row has, and its own fields apart."""
     return {
         "id": int(row["id"]),
-        "score": round(float(score), 6),
+        "score": round(score, 6),
         **{name: row.get(name) for name in _KNOWN[1:]},
-        "copies": int(copies),
+        "copies": copies,
         "fields": {name: value for name, value in row.items() if name not in _KNOWN},
     }
 

@@ -247,7 +247,7 @@ def _lines(draw: ImageDraw.ImageDraw, text: str, width: int, size: int, *, most:
             lines.append("")
             words.insert(0, word)
         else:  # a word wider than a line
-            fits = _fitting(draw, word, width, font)
+            fits = _fitting(draw, word, float(width), font)
             lines[-1:] = [word[:fits], ""]
             words.insert(0, word[fits:])
     return lines

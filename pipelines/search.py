@@ -112,7 +112,7 @@ class Search:
             parts = zip(
                 found.rows[number], found.scores[number], found.copies[number], strict=False
             )
-            hits = [hit_of(row, score, copies) for row, score, copies in parts]
+            hits = [hit_of(row, float(score), int(copies)) for row, score, copies in parts]
             yield Answer(one, hits, found.matching, found.plan)
 
     def _placed(self, asked: Asked) -> Query:
