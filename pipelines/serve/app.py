@@ -17,7 +17,7 @@ from pipelines.knn_service import knn_router
 from pipelines.serve.answers import Service
 from pipelines.serve.asking import Asked, AskedTerm, json_bytes, read_asked, unreadable
 from pipelines.serve.docs_page import STYLE, docs_page
-from pipelines.serve.limits import COOKIE, Gate, Refused, cookie_of
+from pipelines.serve.limits import COOKIE, FAULT, Gate, Refused, cookie_of
 from pipelines.serve.thumbnails import SIDES, Thumbnails
 
 _TYPES = {
@@ -117,6 +117,10 @@ def _add_errors(app: FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"])
         return _Json({"error": f"{place}: {first['msg']}"}, 422)
 
+    async def ours(_: Request, __: Exception) -> Response:  # and the gate logs it
+        return _Json({"error": FAULT}, 500)
+
+    app.add_exception_handler(Exception, ours)
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, not_so)
     app.add_exception_handler(RequestValidationError, unlike)

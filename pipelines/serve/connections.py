@@ -7,6 +7,10 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
+_LINGER = 2.0
+"""Seconds for a client to read why its connection is closed."""
+
+
 class Connection(H11Protocol):
     """HTTP/1.1 with time limits for headers and for clients that do not read.
 
@@ -19,6 +23,7 @@ class Connection(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
+    _ending = False
 
     def connection_made(self, transport: Any) -> None:
         """Wait for headers, unless there are too many others."""
@@ -30,12 +35,18 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Stop waiting once a request has begun."""
-        if self.transport.is_closing():
+        if self._ending or self.transport.is_closing():
             return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget_timer()
         elif self._timer is None:
+            self._wait_for_headers()
+
+    def on_response_complete(self) -> None:
+        """Wait for the rest of a next request that has begun to come."""
+        super().on_response_complete()
+        if self.cycle.response_complete and self.conn.trailing_data[0]:
             self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -80,14 +91,20 @@ class Connection(H11Protocol):
             self._say_and_close(408, f"no request after {self.read_seconds:g} s")
 
     def _say_and_close(self, status: int, line: str, more: str = "") -> None:
-        if self.transport.is_closing():
+        """Answer, and close a little later.
+
+        A connection that is closed while the client still sends is reset, and the answer lost.
+        """
+        if self._ending or self.transport.is_closing():
             return
+        self._ending = True
         body = json.dumps({"error": line})
         head = f"HTTP/1.1 {status} \r\nContent-Type: application/json\r\nConnection: close\r\n"
         self.transport.write(
             f"{head}{more}Content-Length: {len(body)}\r\n\r\n{body}".encode("ascii")
         )
-        self.transport.close()
+        self.transport.write_eof()
+        self._timer = self.loop.call_later(_LINGER, self.transport.abort)
 
 
 def limited(*, read_seconds: float, most: int) -> type[Connection]:

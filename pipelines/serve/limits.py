@@ -19,6 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 COOKIE = "align_token"
+FAULT = "something went wrong in the server"
 _DRAIN_SECONDS = 5.0
 _BODIES = 16
 """So many bodies of the largest size are held in memory at most."""
@@ -136,7 +137,7 @@ class Gate:
             answer.status = 499
         except Exception as error:
             _log(scope, error)
-            await _refuse(answer, Refused(500, "something went wrong in the server"))
+            await _refuse(answer, Refused(500, FAULT))
         finally:
             self._under_way -= 1
             route = getattr(scope.get("route"), "path", "other")
