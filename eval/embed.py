@@ -199,8 +199,8 @@ class TableWriter:
         return EmbeddingTable(self.folder, check="sizes")
 
     def _begin(self, wanted: TableCard) -> TableCard:
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if {path.name for path in self.folder.iterdir()} <= {"table.json.writing"}:
             wanted.save(self.folder)
             return wanted
         if not (self.folder / "table.json").exists():

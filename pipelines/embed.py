@@ -102,7 +102,8 @@ class _Embedding:
                 asked = any(share.told(stop.asked))
             if asked:
                 if share.is_main:
-                    print(f"{self.config.out}: stopped; {self._so_far()}", flush=True)
+                    said = f"stopped; {self._so_far()}, and the same command goes on"
+                    print(f"{self.config.out}: {said}", flush=True)
                 return 130
         rate = sum(share.told(samples)) / (time.perf_counter() - started)
         share.all_or_none(lambda: self._finish(rate if missing else None))
@@ -110,7 +111,8 @@ class _Embedding:
 
     def _so_far(self) -> str:
         cards = read_parts(self.config.out).values()
-        return f"{sum(card.rows for card in cards):,} rows are in {len(cards):,} whole parts"
+        parts = "a whole part" if len(cards) == 1 else f"{len(cards):,} whole parts"
+        return f"{sum(card.rows for card in cards):,} rows are in {parts}"
 
     def _main_first(self, work: Callable[[], T]) -> T:
         """What all processes make, the main one before the others: what it writes, they read."""
