@@ -33,7 +33,8 @@ export class Filters {
   }
 
   #field(field, condition) {
-    const inside = field.values.length ? this.#choices(field, condition)
+    const ranged = field.kind === "number" && field.low !== null && field.values.length > SHOWN;
+    const inside = field.values.length && !ranged ? this.#choices(field, condition)
       : field.kind === "number" ? this.#range(field, condition)
       : field.kind === "text" ? this.#contains(field, condition) : null;
     return inside && make("details.field", { open: condition !== undefined, "data-field": field.name },

@@ -91,7 +91,8 @@ export class Grid {
     const tiles = this.tiles();
     const here = tiles.indexOf(document.activeElement);
     if (here < 0) return;
-    const next = tiles.findIndex((one) => one.offsetTop > tiles[0].offsetTop);
+    const top = (one) => one.parentElement.offsetTop; // an item is the frame of reference of its tile
+    const next = tiles.findIndex((one) => top(one) > top(tiles[0]));
     const columns = next < 0 ? tiles.length : next;
     const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -here, End: tiles.length };
     const move = moves[event.key];
@@ -145,8 +146,10 @@ export class Detail {
     this.asked = new AbortController();
     const { signal } = this.asked;
     const facts = make("dl.facts");
+    const step = ["back", "on"].find((name) => document.activeElement?.classList.contains(name));
     this.#draw(hit, facts);
     if (!this.dialog.open) this.dialog.showModal();
+    this.dialog.querySelector(`.${step}:enabled, .solid`).focus(); // the one before went with its parents
     write(facts, { score: scored(hit.score), ...hit.fields, key: hit.key, shard: hit.shard, id: hit.id });
     try {
       const row = await this.facts(hit.id, signal);
@@ -168,7 +171,7 @@ export class Detail {
       make("div.about", {},
         make("h2", { dir: "auto", textContent: hit.caption || hit.key }),
         make("div.acts", {},
-          make("button.solid", { type: "button", autofocus: true, onclick: then(this.like) }, "More like this"),
+          make("button.solid", { type: "button", onclick: then(this.like) }, "More like this"),
           make("button.hollow", { type: "button", onclick: then(this.add) }, "Add to query")),
         facts),
       make("button.round.shut", { type: "button", "aria-label": "Close", onclick: () => this.dialog.close() }, icon("cross")),

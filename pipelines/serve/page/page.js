@@ -131,8 +131,11 @@ async function withFile(wanted) {
 /** Hits of an index whose shards are gone have no pictures to ask for. */
 const seen = (hits) => (index.pictures ? hits : hits.map((hit) => ({ ...hit, picture: null })));
 
+const isLast = ({ hits, matching }, depth) => hits.length < PAGE_SIZE || depth >= matching;
+
 function arrive(answer) {
-  found = { key: encode(search), hits: seen(answer.hits), answer, depth: answer.hits.length, ended: answer.hits.length < PAGE_SIZE };
+  found = { key: encode(search), hits: seen(answer.hits), answer, depth: answer.hits.length };
+  found.ended = isLast(answer, found.depth);
   scrollTo(0, 0);
   grid.show(found.hits);
   report();
@@ -169,8 +172,8 @@ async function grow() {
     const answer = await more;
     if (here !== found) return;
     const hits = seen(answer.hits);
-    here.ended = hits.length < PAGE_SIZE;
     here.depth += hits.length;
+    here.ended = isLast(answer, here.depth);
     here.hits.push(...grid.add(hits));
     report();
     more = null;
