@@ -52,7 +52,7 @@ def plain(encoder: QueryEncoder, value: Any) -> np.ndarray:
 
 
 @torch.no_grad()
-def fused(encoder: QueryEncoder, head: str, image: Image.Image, text: str) -> np.ndarray:
+def fused(encoder: QueryEncoder, head: str, image: Any, text: Any) -> np.ndarray:
     model = encoder.model
     images = model.image_features(model.preprocess([image]))
     tokens = model.tokenize([text])

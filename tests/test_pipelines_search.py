@@ -20,10 +20,18 @@ from align.fusion import FUSION_HEADS
 from eval.search.searcher import Searcher
 from pipelines import pretrain
 from pipelines.cli import VERBS, main, parse
-from pipelines.config import build
-from pipelines.pictures import GridHit, draw_grid
+from pipelines.config import ConfigError, build
+from pipelines.pictures import (
+    GridHit,
+    IndexPictures,
+    PicturesGoneError,
+    draw_grid,
+    open_picture,
+    read_picture,
+)
 from pipelines.queries import Query, QueryEncoder, Term
 from pipelines.schemas import PretrainConfig
+from shards.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +170,10 @@ def test_hits_are_printed_also_where_the_shards_are_gone(place, tmp_path, capsys
     printed = capsys.readouterr().out
     assert hits_in(printed)
     assert "captions instead of pictures: the shards are no longer at /gone" in printed
-    assert printed.count("/gone") == 1, "one line says it for all of them"
+    assert printed.count("captions instead") == 1, "one line says it for all of them"
     with Image.open(tmp_path / "hits.png") as drawn:
         tile = drawn.crop((20, 64, 148, 192))
-    assert len(set(tile.getdata())) > 2, "the caption stands where the picture was"
+    assert len(tile.getcolors() or []) > 2, "the caption stands where the picture was"
 
 
 def test_what_is_no_picture_is_told(place, tmp_path, capsys):
@@ -173,7 +181,7 @@ def test_what_is_no_picture_is_told(place, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((place / "query.png").read_bytes()[:100])
     for name, says in {
         "nowhere.png": "image: there is no file",
-        "words.txt": "cannot be read as a picture (undecodable: not a picture of a known format)",
+        "words.txt": "not a picture of a known format); known formats: WEBP, JPEG",
         "cut.png": "cannot be read as a picture",
         ".": "image: ",
     }.items():
@@ -232,6 +240,367 @@ def test_a_grid_shows_each_picture_whole_in_its_place():
         assert sheet.getpixel((20 + place_ * 148 + 64, 64 + 64)) == colour
     assert sheet.getpixel((20 + 2 * 148 + 64, 64 + 10)) == (255, 255, 255), "proportions are kept"
     assert isinstance(ImageDraw.Draw(sheet), ImageDraw.ImageDraw)
+
+
+def test_words_are_cut_between_words_and_never_overlap():
+    hits = [
+        GridHit(Image.new("RGB", (9, 9), "white"), caption, 0.0)
+        for caption in ("word " * 4000, "w" * 90_000, "", "\udc80 \n\t x", "наука 日本")
+    ]
+    sheet = draw_grid("a title " * 300, hits, columns=5)
+    for column in range(1, 5):
+        gap = sheet.crop((20 + column * 148 - 18, 64 + 130, 20 + column * 148 - 2, sheet.height))
+        assert gap.getextrema() == ((255, 255),) * 3, "nothing between the cells"
+    assert sheet.crop((sheet.width - 18, 0, *sheet.size)).getextrema() == ((255, 255),) * 3
+    thin = draw_grid("", [GridHit(Image.new("L", (3000, 1), 9), "", 0.0, 3)])
+    assert thin.getpixel((84, 127)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(36, 6), (37, 8), (97, 12)])
+def test_many_hits_are_drawn_wider(count, columns):
+    hits = [GridHit(None, "x", 0.0)] * count
+    assert draw_grid("", hits).width == columns * 148 + 20
+
+
+# --- what a query can say ---
+
+
+def found(place: Path, capsys, *arguments: str) -> dict[str, Any]:
+    """What `format=json` prints."""
+    capsys.readouterr()
+    run("search", *arguments, f"index={place}/index", "format=json")
+    return json.loads(capsys.readouterr().out)
+
+
+def vectors_of(place: Path, *values: Any) -> np.ndarray:
+    model = align.load(place / "run" / "bundle")
+    rows = [
+        model.encode_text([one]) if isinstance(one, str) else model.encode_image([one])
+        for one in values
+    ]
+    return torch.cat(rows).numpy()
+
+
+def nearest(place: Path, vector: np.ndarray, k: int, *, without: tuple[int, ...] = ()) -> list[int]:
+    """Ids by exact search in the stored rows."""
+    searcher = Searcher(place / "index")
+    scores = searcher.rows.vectors(np.arange(len(searcher.ids))) @ vector
+    scores[np.isin(searcher.ids, without)] = -2
+    return searcher.ids[np.argsort(-scores, kind="stable")[:k]].tolist()
+
+
+def ids_of(answer: dict[str, Any]) -> list[int]:
+    return [hit["id"] for hit in answer["hits"]]
+
+
+def test_terms_are_added_and_subtracted(place, capsys):
+    image = Image.open(place / "query.png").convert("RGB")
+    red, cross, dot, pic = vectors_of(place, "red", "cross", "dot", image)
+    answer = found(place, capsys, "red", "minus=[cross, dot]", "k=5")
+    assert ids_of(answer) == nearest(place, red - cross - dot, 5)
+    assert answer["query"] == {"text": "red", "minus": ["cross", "dot"], "k": 5}
+    parts = f"{{image: {place}/query.png, weight: 0.5}}, {{text: cross, weight: -2}}"
+    answer = found(place, capsys, f"terms=[{{text: red}}, {parts}]", "k=5")
+    assert ids_of(answer) == nearest(place, red + 0.5 * pic - 2 * cross, 5)
+    two = f"image=[{place}/query.png, {place}/query.png]"
+    assert ids_of(found(place, capsys, "dot", two)) == nearest(place, 2 * pic + dot, 12)
+
+
+def test_the_balance_leads_from_the_picture_to_the_words(place, capsys):
+    image = Image.open(place / "query.png").convert("RGB")
+    words, pic = vectors_of(place, "blue dot", image)
+    both = ["blue dot", f"image={place}/query.png", "k=6"]
+    for balance in (0, 0.25, 0.5, 1):
+        answer = found(place, capsys, *both, f"balance={balance}")
+        assert ids_of(answer) == nearest(place, (1 - balance) * pic + balance * words, 6)
+    assert ids_of(found(place, capsys, *both)) == nearest(place, pic + words, 6)
+    for number in (0, 1):
+        alone = found(place, capsys, both[1 - number], "k=6")
+        same = found(place, capsys, *both, f"balance={number}")
+        assert [hit["score"] for hit in same["hits"]] == [hit["score"] for hit in alone["hits"]]
+
+
+def test_rows_like_a_row_need_no_model_and_are_not_found_themselves(place, capsys, monkeypatch):
+    from pipelines import search as verb
+
+    monkeypatch.setattr(verb, "open_model", lambda place: pytest.fail(f"{place} was loaded"))
+    rows = Searcher(place / "index").rows
+    first, second = rows.vectors(np.array([7, 9]))
+    assert ids_of(found(place, capsys, "like=7", "k=4")) == nearest(place, first, 4, without=(7,))
+    answer = found(place, capsys, "like=[7, 9]", "terms=[{id: 3, weight: -0.5}]", "k=40")
+    third = rows.vectors(np.array([3]))[0]
+    expected = nearest(place, first + second - 0.5 * third, 40, without=(7, 9))
+    assert ids_of(answer) == expected
+
+
+def test_filters_leave_what_they_say_and_a_short_list_says_why(place, tmp_path, capsys):
+    answer = found(place, capsys, "dot", "where=colour = 'red' AND shape <> 'dot'", "k=20")
+    assert {hit["fields"]["colour"] for hit in answer["hits"]} == {"red"}
+    assert (answer["matching"], len(answer["hits"])) == (7, 7)
+    assert answer["plan"]
+    wide = found(place, capsys, "dot", "fields.colour=[red, blue]", "fields.shape=dot")
+    assert sorted(hit["key"] for hit in wide["hits"]) == ["two-blue-dot", "two-red-dot"]
+    hit = wide["hits"][0]
+    assert list(hit) == ["id", "score", "key", "caption", "shard", "copies", "fields"]
+    assert hit["fields"] == {"colour": hit["key"].split("-")[1], "hand": "two", "shape": "dot"}
+    capsys.readouterr()
+    search(place, tmp_path / "a.png", "dot", "where=colour = 'red'", "k=20")
+    assert "8 hits instead of 20: 8 rows match the filter" in capsys.readouterr().out
+    search(place, tmp_path / "a.png", "dot", "k=50")
+    assert "48 hits instead of 50: 48 rows can be found" in capsys.readouterr().out
+    search(place, tmp_path / "a.png", "dot", "k=5", "min_score=0.999")
+    assert "0 hits instead of 5: 48 rows can be found; fewer remain by min_score=0.999" in (
+        capsys.readouterr().out
+    )
+
+
+def test_pages_of_hits_follow_each_other(place, capsys):
+    whole = ids_of(found(place, capsys, "red ring", "k=10"))
+    assert ids_of(found(place, capsys, "red ring", "k=4", "offset=6")) == whole[6:]
+
+
+def test_a_fusion_head_is_found_by_its_name_in_the_bundle(place, tmp_path, capsys):
+    import shutil
+
+    from align.fusion import fusion_head
+    from align.fusion.store import save_head
+
+    bundle, folder = tmp_path / "bundle", tmp_path / "own"
+    shutil.copytree(place / "run" / "bundle", bundle)
+    model = align.load(bundle)
+    torch.manual_seed(1)
+    widths = {"image_width": model.image.token_width, "text_width": model.text.token_width}
+    head = fusion_head("early")(dim=model.config.dim, **widths)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    for where in (bundle / "heads" / "mine", folder):
+        save_head(head, where, name="early", options={}, towers=fingerprint(bundle))
+    both = ["blue", f"image={place}/query.png", f"model={bundle}", "k=8"]
+    with Image.open(place / "query.png") as image:
+        encoder = QueryEncoder(model, {"mine": head.eval()})
+        row = encoder.vectors([Query((Term(image.convert("RGB")), Term("blue")), "mine")])[0]
+    by_name = found(place, capsys, *both, "head=mine")
+    assert ids_of(by_name) == nearest(place, row, 8)
+    assert ids_of(found(place, capsys, *both, f"head={folder}")) == ids_of(by_name)
+    assert ids_of(found(place, capsys, *both)) != ids_of(by_name)
+    line = refused(capsys, "search", *both, "head=nine", f"index={place}/index")
+    assert f"head: 'nine' is no folder of a fusion head, nor one of the heads of {bundle}" in line
+    assert "(known: mine)" in line
+    line = refused(capsys, "search", "blue", f"model={bundle}", "head=mine",
+                   f"index={place}/index")  # fmt: skip
+    assert "head: a fusion head takes exactly one picture and one text" in line
+    description = json.loads((bundle / "heads" / "mine" / "head.json").read_text())
+    description["name"] = "some.package:Head"
+    (bundle / "heads" / "mine" / "head.json").write_text(json.dumps(description))
+    line = refused(capsys, "search", *both, "head=mine", f"index={place}/index")
+    assert "head: 'mine' is no folder of a fusion head" in line, "a bundle runs no code of others"
+
+
+# --- many queries, and what comes out ---
+
+
+def test_a_file_of_queries_is_answered_as_each_alone(place, tmp_path, capsys):
+    picture_file = tmp_path / "q.png"
+    picture_file.write_bytes((place / "query.png").read_bytes())
+    asked: list[tuple[dict[str, Any], list[str]]] = [
+        ({"text": "red cross"}, ["red cross"]),
+        ({"image": "q.png", "text": "blue", "balance": 0.2},
+         [f"image={picture_file}", "blue", "balance=0.2"]),
+        ({"text": "dot", "minus": "red", "k": 2}, ["dot", "minus=red", "k=2"]),
+        ({"like": 4, "where": "colour = 'red'"}, ["like=4", "where=colour = 'red'"]),
+        ({"terms": [{"image": "q.png", "weight": 0.5}, {"text": "ring"}]},
+         [f"terms=[{{image: {picture_file}, weight: 0.5}}, {{text: ring}}]"]),
+    ]  # fmt: skip
+    lines = "\n\n".join(json.dumps(one) for one, _ in asked)
+    (tmp_path / "q.jsonl").write_text(lines)
+    alone = [found(place, capsys, "k=3", *arguments) for _, arguments in asked]
+    for size in (1, 2, 256):
+        run("search", f"queries={tmp_path}/q.jsonl", "k=3", f"batch_size={size}",
+            f"index={place}/index", f"out={tmp_path}/deep/a.jsonl")  # fmt: skip
+        text = (tmp_path / "deep" / "a.jsonl").read_text()
+        answers = [json.loads(line) for line in text.splitlines()]
+        assert [ids_of(one) for one in answers] == [ids_of(one) for one in alone]
+        for one, other in zip(answers, alone, strict=True):
+            scores = [hit["score"] for hit in other["hits"]]
+            assert [hit["score"] for hit in one["hits"]] == pytest.approx(scores, abs=2e-6)
+    assert [len(one["hits"]) for one in answers] == [3, 3, 2, 3, 3]
+
+
+def test_every_kind_of_file_says_the_same(place, tmp_path, capsys):
+    texts = ["red cross", 'a, "blue" ring', "точка"]
+    (tmp_path / "q.txt").write_text("\ufeff" + "\r\n\n".join(texts), encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(one) for one in texts))
+    table = pa.table({"text": texts, "k": [4, None, None], "image": pa.nulls(3, pa.string())})
+    parquet.write_table(table, tmp_path / "q.parquet")
+    import csv
+
+    with (tmp_path / "q.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "text"], *(["", text] for text in texts)])
+    lists = {}
+    for suffix in ("txt", "jsonl", "parquet", "csv"):
+        run("search", f"queries={tmp_path}/q.{suffix}", f"index={place}/index", "k=4",
+            "format=json", f"out={tmp_path}/out.txt")  # fmt: skip
+        answers = json.loads((tmp_path / "out.txt").read_text())
+        assert [one["query"]["text"] for one in answers] == texts
+        lists[suffix] = [ids_of(one) for one in answers]
+    assert lists["txt"] == lists["jsonl"] == lists["parquet"] == lists["csv"]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_hits_come_as_a_table_csv_and_pictures(place, tmp_path, capsys):
+    import csv
+
+    (tmp_path / "q.txt").write_text("red cross\nblue ring\n")
+    many = [f"queries={tmp_path}/q.txt", f"index={place}/index", "k=3"]
+    capsys.readouterr()
+    run("search", *many)
+    printed = capsys.readouterr().out
+    assert len(hits_in(printed)) == 6
+    assert "picture:" not in printed, "a picture of several is drawn where it was asked for"
+    run("search", *many, "format=csv", "offset=1")
+    rows = [*csv.DictReader(capsys.readouterr().out.splitlines())]
+    assert [(row["query"], row["rank"]) for row in rows] == [
+        (str(query), str(rank)) for query in (0, 1) for rank in (2, 3, 4)
+    ]
+    assert [row["caption"] for row in rows][:2] == [hit[1] for hit in hits_in(printed)[1:3]]
+    assert json.loads(rows[0]["fields"])["hand"] == "two"
+    run("search", *many, "format=picture", f"out={tmp_path}/p.webp")
+    with Image.open(tmp_path / "p.webp") as drawn:
+        assert drawn.size == (6 * 148 + 20, 2 * (64 + 148 + 62 + 20))
+    (tmp_path / "q.txt").write_text("red cross\n" * 11)
+    line = refused(capsys, "search", *many[:2], "k=48", "format=picture")
+    assert "a picture shows 480 hits at most" in line
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "sql": (["dot", "where=kolour = 'red'"], "columns: id, key, caption, shard, colour, hand"),
+    "empty": (["  "], "a text to look for is empty"),
+    "cancelled": (["red", "minus=red"], "cancel each other out"),
+    "balance": (["red", "balance=0.5"], "balance: lies between pictures and words"),
+    "row": (["like=480"], "like: the index holds no row with id 480"),
+    "file": (["queries={tmp}/none.txt"], "queries: there is no file or folder"),
+    "no queries": (["queries={tmp}/empty.txt"], "empty.txt: holds no query"),
+    "bytes": (["queries={tmp}/bytes.txt"], "bytes.txt: is not UTF-8"),
+    "line": (["queries={tmp}/bad.jsonl"], "bad.jsonl line 2: is not JSON"),
+    "cancelled in a file": (["queries={tmp}/cancelled.jsonl"], "cancelled.jsonl line 3: the terms"),
+    "column": (["queries={tmp}/column.csv"], "unknown column 'wehre'; leave it out or rename it"),
+    "no column": (["queries={tmp}/none.csv"], "has no column text or image; it has caption"),
+    "no parquet": (["queries={tmp}/no.parquet"], "no.parquet: cannot be read as parquet"),
+    "gone picture": (["queries={tmp}/gone.jsonl"], "gone.jsonl line 1: image: there is no file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistaken_queries_are_one_line(mistake, place, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "bad.jsonl").write_text('"red"\n{"text": \n')
+    (tmp_path / "cancelled.jsonl").write_text(
+        '"red"\n\n{"text": "red", "minus": "red"}\n"blue"\n{"like": 1}'
+    )
+    (tmp_path / "column.csv").write_text("text,wehre\nred,1\n")
+    (tmp_path / "none.csv").write_text("caption\nred\n")
+    (tmp_path / "no.parquet").write_text("text")
+    (tmp_path / "gone.jsonl").write_text('{"image": "gone.png"}')
+    given, says = MISTAKES[mistake]
+    arguments = [one.format(tmp=tmp_path) for one in given]
+    assert says in refused(
+        capsys, "search", *arguments, f"index={place}/index", f"out={tmp_path}/hits.jsonl"
+    )
+    assert not (tmp_path / "hits.jsonl").exists()
+    assert not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["red", "k=0"], "k: input should be greater than 0"),
+        (["red", "balance=1.5"], "balance: input should be less than or equal to 1"),
+        (["red", "out=hits.gif"], "hits.gif is no picture file"),
+        (["red", "format=picture", "out=hits.json"], "hits.json is no picture file"),
+        (["red", "queries=a.txt"], "text: each of the queries has its own"),
+        (["queries=a.xls"], "known: .txt, .jsonl, .csv, .parquet"),
+        (["terms=[{text: a, id: 3}]"], "terms.0: a term has one of text, image and id"),
+        (["terms=[{text: a, weight: .nan}]"], "weight: input should be a finite number"),
+        (["collapse=2", "red"], "collapse: input should be less than or equal to 1"),
+        ([], "give a text to look for"),
+    ],
+)
+def test_what_makes_no_sense_is_told_before_anything_is_opened(arguments, says):
+    with pytest.raises(ConfigError) as caught:
+        parse("search", arguments)
+    assert says in str(caught.value)
+
+
+# --- pictures ---
+
+
+def test_pictures_of_every_kind_are_read_and_others_told(tmp_path):
+    upright = picture("red", "corner", side=60)
+    exact = np.asarray(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [upright, picture("blue", "dot", side=60)]
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    deep = Image.fromarray(np.asarray(upright.convert("L")).astype(np.uint16) * 257)
+    kinds = {
+        "turned": (encoded(turned, "PNG", exif=exif.tobytes()), exact),
+        "animated": (encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:],
+                             lossless=True), exact),
+        "sixteen bits": (encoded(deep), np.asarray(upright.convert("L").convert("RGB"))),
+        "palette": (encoded(upright.quantize(colors=8)), exact),
+        "cmyk": (encoded(upright.convert("CMYK"), "JPEG", quality=100), exact),
+    }  # fmt: skip
+    for name, (data, expected) in kinds.items():
+        read = read_picture(data, name)
+        assert read.mode == "RGB"
+        off = np.abs(np.asarray(read).astype(int) - expected)
+        assert np.median(off) == 0, name
+        assert off.mean() < (6 if name == "cmyk" else 0.01), name
+    bomb = bytearray(encoded(Image.new("1", (1, 1))))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    for data in (bytes(bomb), b"", b"GIF89a", encoded(upright, "TIFF"), encoded(upright)[:90]):
+        with pytest.raises(ConfigError, match="it cannot be read as a picture") as caught:
+            read_picture(data, "it")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="image: there is no file"):
+        open_picture(tmp_path / "none.png")
+
+
+def test_pictures_come_from_the_source_of_their_row(place, tmp_path):
+    from dataclasses import replace
+
+    source = Searcher(place / "index").card.sources[0]
+    other = replace(
+        source,
+        data=Manifest.open(place / "one").fingerprint,
+        first_id=1000,
+        origin={"data": str(place / "one")},
+    )
+    gone = replace(source, first_id=2000, origin={"data": str(tmp_path / "gone")})
+    changed = replace(source, first_id=3000, origin={"data": str(place / "one")})
+    silent = replace(source, first_id=4000, origin={})
+    pictures = IndexPictures([source, other, gone, changed, silent])
+    for first, folder, side in ((0, "two", 40), (1000, "one", 32)):
+        keys = Manifest.open(place / folder).keys.to_pylist()
+        for sample in (0, 17, 47):
+            _, colour, shape = keys[sample].split("-")
+            expected = np.asarray(picture(colour, shape, side=side))
+            assert (np.asarray(pictures[first + sample]) == expected).all()
+    for row, says in {
+        2003: "the shards are no longer at",
+        3003: "holds other samples than were embedded",
+        4003: "does not say where",
+        1048: "holds no row with id 1048",
+        -1: "holds no row with id -1",
+    }.items():
+        with pytest.raises(PicturesGoneError, match=says):
+            pictures[row]
+    assert len(pictures.why_gone()) == 3
 
 
 # --- embed and index ---
