@@ -1,7 +1,7 @@
 """Building an index: trained on a sample, filled part by part, tuned, measured, written whole."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,46 @@ from align.folders import whole_folder
 from eval.index.asked import keep_queries
 from eval.index.blocks import blocks
 from eval.index.card import IndexCard, Reached, Speed
+from eval.index.choose import (
+    PILOT_QUERIES,
+    PILOT_ROWS,
+    Candidate,
+    candidates,
+    estimated_bytes,
+    piloted,
+)
 from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums, write_faiss
 from eval.index.recall import Queries, draw_queries, measured_costs, reached, speed
-from eval.index.tune import tune
+from eval.index.tune import Tuned, tune
 from eval.table import EmbeddingTable
 
 Progress = Callable[[str, int, int], None]
 """Told of long work: what it is, how much is done, of how much."""
+
+
+TUNING, MEASURING = slice(0, None, 2), slice(1, None, 2)
+"""Which of the drawn queries tune an index, and which measure it."""
+
+_LIST_ROUNDS, _LIST_POINTS = 8, 48
+_BOOK_ROUNDS, _BOOK_POINTS = 12, 256
+_TURN_ROUNDS, _TURN_POINTS = 8, 16_384
+_BUILDS = 3
+"""Indexes that `auto` builds at most."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What an index is built for.
+
+    Attributes:
+        target_recall: Recall@10 against exact search.
+        max_bytes: Most that it may take; None for no limit.
+        knobs: Search parameters; tuned where there are none.
+    """
+
+    target_recall: float
+    max_bytes: int | None
+    knobs: str
 
 
 @dataclass(frozen=True)
@@ -92,17 +125,20 @@ def build_index(
     _check_options(train_rows, query_count, target_recall)
     generator = np.random.default_rng(seed)
     started = time.perf_counter()
-    if factory == "auto":
-        factory = "Flat"
     training = training_vectors(table, modality, count=train_rows, generator=generator)
-    index = trained(table.card.dim, factory, training, progress=progress)
+    drawn = draw_queries(table, modality, count=query_count, generator=generator)
+    asked = drawn[kind_asked(drawn, modality, queries)].some(TUNING)
+    aim = Aim(target_recall, max_bytes, knobs)
+    if factory == "auto":
+        tried = worth_building(table, training, asked, aim)
+    else:
+        tried = [given(factory, table, max_bytes)]
+    index, factory, tuned = best_built(table, modality, training, asked, tried, aim, progress)
     del training
-    add_parts(index, table, modality, range(len(table.card.parts)), progress=progress)
     seconds = time.perf_counter() - started
-    asked = draw_queries(table, modality, count=query_count, generator=generator)
     facts = finished(
-        index, table, modality, knobs=knobs, queries=queries, target_recall=target_recall,
-        drawn=asked, progress=progress,
+        index, table, modality, knobs=knobs, queries=asked.kind, target_recall=target_recall,
+        drawn=drawn, tuned=tuned, seed=seed, progress=progress,
     )  # fmt: skip
     with whole_folder(out) as folder:
         digest = write_faiss(index, folder / "index.faiss")
@@ -126,6 +162,7 @@ def build_index(
             queries_file=keep_queries(facts.asked, folder),
             files={"index.faiss": digest},
         )
+        _check_size(card, max_bytes)
         card = with_checksums(card, folder)
         card.save(folder)
     return card
@@ -157,18 +194,58 @@ def trained(
 ) -> faiss.Index:
     """An empty FAISS index that is trained on these vectors.
 
+    Lists, rotations and codebooks take a few rounds on some of the vectors: more of either costs
+    minutes and moves recall by less than a point.
+
     Raises:
         ValueError: FAISS refuses the factory string or the number of training rows.
     """
     what = f"index factory {factory!r}"
     index = faiss_call(what, lambda: faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT))
-    if not index.is_trained:
-        if progress:
-            progress("train", 0, 1)
-        faiss_call(what, lambda: index.train(training))
-        if progress:
-            progress("train", 1, 1)
+    if index.is_trained:
+        return index
+    if progress:
+        progress("train", 0, 1)
+    books = _few_rounds(index)
+    faiss_call(what, lambda: index.train(training))
+    del books  # FAISS reads them while it trains
+    if progress:
+        progress("train", 1, 1)
     return index
+
+
+def _few_rounds(index: faiss.Index) -> list[faiss.ProductQuantizer]:
+    """Limit the training of an index and all in it; what is returned must outlive the training."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        return _few_rounds(index.base_index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return [*_few_turns(index), *_few_rounds(index.index)]
+    if isinstance(index, faiss.IndexIVF):
+        index.cp.niter = _LIST_ROUNDS
+        index.cp.max_points_per_centroid = _LIST_POINTS
+        index.cp.min_points_per_centroid = 1  # fewer only make FAISS print a warning
+    if hasattr(index, "pq"):
+        index.pq.cp.niter = _BOOK_ROUNDS
+        index.pq.cp.max_points_per_centroid = _BOOK_POINTS
+        index.pq.cp.min_points_per_centroid = 1
+    return []
+
+
+def _few_turns(index: faiss.IndexPreTransform) -> list[faiss.ProductQuantizer]:
+    """Let OPQ turn for the codebooks that follow it, in few rounds."""
+    books = []
+    last = faiss.downcast_index(index.index)
+    for place in range(index.chain.size()):
+        turn = faiss.downcast_VectorTransform(index.chain.at(place))
+        if isinstance(turn, faiss.OPQMatrix):
+            turn.niter, turn.niter_pq, turn.niter_pq_0 = _TURN_ROUNDS, 2, 10
+            turn.max_train_points = _TURN_POINTS
+            if hasattr(last, "pq") and turn.d_out == last.d and turn.M == last.pq.M:
+                books.append(faiss.ProductQuantizer(last.d, last.pq.M, last.pq.nbits))
+                books[-1].cp.min_points_per_centroid = 1
+                turn.pq = books[-1]
+    return books
 
 
 def add_parts(
@@ -204,6 +281,7 @@ def finished(
     query_count: int = 1000,
     seed: int = 0,
     drawn: dict[str, Queries] | None = None,
+    tuned: Tuned | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """Tune a filled index, leave the knobs set on it, and measure what it reaches.
@@ -216,9 +294,10 @@ def finished(
         queries: The kind of queries to tune for.
         target_recall: Recall@10 to tune for.
         query_count: How many queries of each kind are drawn; half of them tune, half measure. All
-            measure where there is nothing to tune.
+            measure where knobs are given.
         seed: Draws the queries.
         drawn: Queries of every kind, where they were drawn before.
+        tuned: What tuning on their first half found, where it was done before.
         progress: Told of long work.
 
     Raises:
@@ -233,15 +312,12 @@ def finished(
         generator = np.random.default_rng(seed)
         drawn = draw_queries(table, modality, count=query_count, generator=generator)
     kind = kind_asked(drawn, modality, queries)
-    tuned = None
     held_out = drawn
     if not knobs and len(drawn[kind].vectors) > 1:
-        if progress:
-            progress("tune", 0, 1)
-        tuned = tune(index, table, modality, drawn[kind].some(slice(0, None, 2)), target_recall)
-        if tuned.knobs:
-            held_out = {name: one.some(slice(1, None, 2)) for name, one in drawn.items()}
-            set_knobs(index, tuned.knobs)
+        tuned = tuned or _tuned(index, table, modality, drawn[kind].some(TUNING), target_recall,
+                                progress)  # fmt: skip
+        held_out = {name: one.some(MEASURING) for name, one in drawn.items()}
+        set_knobs(index, tuned.knobs)
     tune_seconds = time.perf_counter() - started
     if progress:
         progress("measure", 0, 1)
@@ -259,6 +335,16 @@ def finished(
         tune_seconds=tune_seconds,
         asked=held_out,
     )
+
+
+def _tuned(index: faiss.Index, table: EmbeddingTable, modality: str, asked: Queries,
+           target_recall: float, progress: Progress | None) -> Tuned:  # fmt: skip
+    if progress:
+        progress("tune", 0, 1)
+    found = tune(index, table, modality, asked, target_recall)
+    if progress:
+        progress("tune", 1, 1)
+    return found
 
 
 def kind_asked(drawn: dict[str, Queries], modality: str, queries: str | None) -> str:
@@ -294,3 +380,83 @@ def _check_options(train_rows: int, query_count: int, target_recall: float) -> N
         )
     if not 0 < target_recall <= 1:
         raise ValueError(f"target_recall {target_recall} must be above 0 and at most 1")
+
+
+def given(factory: str, table: EmbeddingTable, max_bytes: int | None) -> Candidate:
+    """A factory string that was asked for.
+
+    Raises:
+        ValueError: Its index would be larger than allowed.
+    """
+    if max_bytes is None:
+        return Candidate(factory, factory, 0)
+    size = estimated_bytes(factory, table.rows, table.card.dim)
+    if size > max_bytes:
+        raise ValueError(
+            f"index factory {factory!r}: {size:,} bytes for {table.rows:,} rows of "
+            f"{table.card.dim}, but max_bytes is {max_bytes:,}"
+        )
+    return Candidate(factory, factory, size)
+
+
+def worth_building(
+    table: EmbeddingTable,
+    training: Float32[ndarray, "some dim"],
+    asked: Queries,
+    aim: Aim,
+) -> list[Candidate]:
+    """What `auto` builds, the first first, until one reaches the target.
+
+    Raises:
+        ValueError: Nothing fits into the memory.
+    """
+    rows, dim = table.rows, table.card.dim
+    found = candidates(rows, dim, max_bytes=aim.max_bytes)
+    if not found:
+        least = min(candidates(rows, dim), key=lambda one: one.bytes)
+        raise ValueError(
+            f"max_bytes {aim.max_bytes:,}: {rows:,} rows of {dim} take at least {least.bytes:,} "
+            f"({least.factory})"
+        )
+    if len(found) == 1 or found[0].factory == "Flat":
+        return found[:1]
+    step = max(1, len(training) // PILOT_ROWS)
+    sample = np.ascontiguousarray(training[::step][:PILOT_ROWS])
+    return piloted(found, sample, asked.vectors[:PILOT_QUERIES], aim.target_recall, trained)
+
+
+def best_built(
+    table: EmbeddingTable,
+    modality: str,
+    training: Float32[ndarray, "some dim"],
+    asked: Queries,
+    tried: Sequence[Candidate],
+    aim: Aim,
+    progress: Progress | None = None,
+) -> tuple[faiss.Index, str, Tuned | None]:
+    """Build one candidate after the other until one reaches the target; else take the best.
+
+    Returns:
+        The index, its factory string, and what tuning found; None where knobs were given.
+    """
+    best: tuple[faiss.Index, str, Tuned | None] | None = None
+    for candidate in tried[:_BUILDS]:
+        index = trained(table.card.dim, candidate.factory, training, progress=progress)
+        add_parts(index, table, modality, range(len(table.card.parts)), progress=progress)
+        if aim.knobs or len(asked.vectors) < 2:
+            return index, candidate.factory, None
+        tuned = _tuned(index, table, modality, asked, aim.target_recall, progress)
+        if best is None or best[2] is None or tuned.recall > best[2].recall:
+            best = index, candidate.factory, tuned
+        if tuned.enough:
+            break
+    assert best is not None
+    return best
+
+
+def _check_size(card: IndexCard, max_bytes: int | None) -> None:
+    size = round(card.bytes_per_vector * card.rows)
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(
+            f"index factory {card.factory!r}: took {size:,} bytes, but max_bytes is {max_bytes:,}"
+        )
