@@ -27,6 +27,7 @@ from eval.index.folder import (
     faiss_call,
     open_index,
     remove_leftovers,
+    set_knobs,
     take_rows,
     write_array,
     write_arrow,
@@ -88,6 +89,7 @@ def append(
     else:
         more = blocks(table, card.modality)
         card, index = relisted(card, folder, more, behind=opened.index)
+        set_knobs(index, card.knobs)
     new = draw_queries(table, card.modality, count=_QUERIES, generator=np.random.default_rng(seed))
     before = kept_queries(folder, card)
     if before:
@@ -170,6 +172,7 @@ def compact(folder: Path | str, *, progress: Progress | None = None) -> IndexCar
         card = _with_index(card, folder, index)
     else:
         card, index = relisted(card, folder, live, behind=None)
+        set_knobs(index, card.knobs)
     asked = renumbered(kept_queries(folder, card), np.where(stays, np.cumsum(stays) - 1, -1))
     name = keep_queries(asked, folder, generation=card.generation) if asked else None
     card = replace(card, queries_file=name)

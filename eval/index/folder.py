@@ -124,8 +124,9 @@ def read_faiss(path: Path, *, memory_map: bool = False, lists: str | None = None
     place = str(path.resolve().with_name(lists)).encode()
     said, whole = (struct.pack("<Q", len(name)) + name for name in (lists.encode(), place))
     content = path.read_bytes()
-    if content.count(said) != 1:
-        raise ValueError(f"{path}: does not name {lists}; build the index again")
+    if content.count(said) != 1:  # made elsewhere, with a folder
+        same = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+        return faiss_call(f"{path}", lambda: faiss.read_index(str(path), same))
     content = np.frombuffer(content.replace(said, whole), np.uint8)
     return faiss_call(f"{path}", lambda: faiss.deserialize_index(content, faiss.IO_FLAG_READ_ONLY))
 

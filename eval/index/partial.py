@@ -13,10 +13,14 @@ After a kill the same call goes on with the shares that are there. Processes on 
 need the folder on a file system that all of them see.
 """
 
+import ctypes
 import math
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -418,7 +422,8 @@ def write_lists(
     for piece in pieces:
         vector.push_back(faiss.extract_index_ivf(piece).invlists)
     lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(path))
-    faiss_call(f"{path}", lambda: lists.merge_from_multiple(vector.data(), vector.size()))
+    with _silent():
+        faiss_call(f"{path}", lambda: lists.merge_from_multiple(vector.data(), vector.size()))
     ivf.replace_invlists(lists, True)
     lists.this.disown()  # pyright: ignore[reportAttributeAccessIssue]
     ivf.ntotal = empty.ntotal = rows
@@ -427,6 +432,23 @@ def write_lists(
     lists.filename = str(path)
     flush(path)
     return digest
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Standard output goes nowhere: FAISS says on it what size a file of lists takes."""
+    sys.stdout.flush()
+    libc = ctypes.CDLL(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _gathered(blocks: Iterable[ndarray], rows: int) -> Iterator[Iterable[ndarray]]:
