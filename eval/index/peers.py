@@ -28,10 +28,10 @@ from eval.index.card import IndexCard
 from eval.index.folder import (
     faiss_call,
     link,
-    read_faiss,
     set_knobs,
     take_rows,
     with_checksums,
+    write_faiss,
 )
 from eval.index.peer_files import BLOCK, PeerFiles, Vectors, peer_files, write_peer_table
 from eval.table import MODALITIES, EmbeddingTable
@@ -39,6 +39,7 @@ from eval.table import MODALITIES, EmbeddingTable
 NAMES = {"image": ("image.index", "knn.index"), "text": ("text.index", "knn.index")}
 """What the peers call an index, by modality."""
 
+_LISTS = "lists.ivfdata"
 _PROBES = 64
 """So many vectors of an index are held against the embeddings that are said to be in it."""
 
@@ -133,7 +134,8 @@ def adopt(
     folder, out = Path(folder), Path(out)
     refuse_strangers(out)
     path, lists = _index_file(folder, modality)
-    index = read_faiss(path, memory_map=lists is not None)
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY if lists else 0
+    index = faiss_call(f"{path}", lambda: faiss.read_index(str(path), flags))
     _refuse_metric(path, index)
     files = _files(folder, modality, embeddings)
     _refuse_other_rows(path, index, files)
@@ -154,14 +156,16 @@ def adopt(
             target_recall=target_recall or 0.95, query_count=query_count, seed=seed,
             progress=progress,
         )  # fmt: skip
-        if is_decoded:  # the file with the direct map, by which rows are decoded by number
-            faiss.write_index(index, str(beside / "index.faiss"))
+        if is_decoded:
             source = replace(source, vectors=())
             shutil.rmtree(beside / MODALITIES[modality])
+        if lists is not None:
+            link(lists, beside / _LISTS)
+            _name_lists(index, _LISTS)
+        if is_decoded or lists:  # with the direct map, by which rows are decoded by number
+            write_faiss(index, beside / "index.faiss")
         else:
             link(path, beside / "index.faiss")
-        if lists is not None:
-            link(lists, beside / lists.name)
         shutil.rmtree(work)
         card = IndexCard(
             factory=factory,
@@ -179,7 +183,7 @@ def adopt(
             costs=facts.costs,
             fingerprints={"model": model_fingerprint},
             sources=(source,),
-            lists_file=None if lists is None else lists.name,
+            lists_file=None if lists is None else _LISTS,
         )
         card = with_checksums(card, beside)
         card.save(beside)
@@ -344,6 +348,12 @@ def _shown_knobs(index: faiss.Index) -> str:
     if isinstance(index, faiss.IndexHNSW):
         return f"efSearch={index.hnsw.efSearch}"
     return ""
+
+
+def _name_lists(index: faiss.Index, name: str) -> None:
+    """Have an index say that its lists lie in this file beside it."""
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    lists.filename = name
 
 
 def _bytes(path: Path, lists: Path | None) -> int:
