@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from eval.index.card import Source
+from eval.search.filters import FilterTimeoutError
 from eval.search.searcher import Hits
 from pipelines.config import ConfigError
 from pipelines.queries import Query, Term
@@ -138,6 +139,8 @@ class Service:
 
         try:
             hits, seconds = await self._in(self._searches, search)
+        except FilterTimeoutError as error:
+            raise Refused(504, str(error)) from None
         except ValueError as error:
             raise Refused(400, " ".join(str(error).split())) from None
         self.metrics.took("search", seconds)

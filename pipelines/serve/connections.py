@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
+from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
 
 _LINGER = 2.0
 """Seconds for a client to read why its connection is closed."""
@@ -105,6 +107,22 @@ class Connection(H11Protocol):
         )
         self.transport.write_eof()
         self._timer = self.loop.call_later(_LINGER, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which tells when the first client can come.
+
+    Attributes:
+        ready: Is called then.
+    """
+
+    ready: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let clients in."""
+        await super().startup(sockets)
+        if self.ready is not None:
+            self.ready()
 
 
 def limited(*, read_seconds: float, most: int) -> type[Connection]:
