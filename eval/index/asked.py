@@ -57,20 +57,26 @@ def _unanswered(kind: str, vectors: ndarray, own: ndarray, right: ndarray) -> Qu
 def joined(before: Asked, more: Asked, *, share: float) -> dict[str, Queries]:
     """As many queries of each kind as before, this share of them from among `more`.
 
-    The first of each are taken; of a kind that only one side has, all of it.
+    They are taken at even steps; of a kind that only one side has, all of it.
     """
     found = {**more, **before}
     for kind in set(before) & set(more):
         one, other = before[kind], more[kind]
         new = min(len(other.vectors), round(share * len(one.vectors)))
-        pieces = (one.some(slice(0, len(one.vectors) - new)), other.some(slice(0, new)))
+        old = _even(len(one.vectors), len(one.vectors) - new)
+        added = _even(len(other.vectors), new)
         found[kind] = _unanswered(
             kind,
-            np.concatenate([piece.vectors for piece in pieces]),
-            np.concatenate([piece.own for piece in pieces]),
-            np.concatenate([piece.right for piece in pieces]),
+            np.concatenate([one.vectors[old], other.vectors[added]]),
+            np.concatenate([one.own[old], other.own[added]]),
+            np.concatenate([one.right[old], other.right[added]]),
         )
     return found
+
+
+def _even(count: int, some: int) -> Int64[ndarray, " some"]:
+    """So many of `count` places, at even steps."""
+    return np.arange(some) * count // max(1, some)
 
 
 def shifted(asked: Asked, first_row: int) -> dict[str, Queries]:
