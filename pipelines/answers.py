@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,16 @@ def _csv_line(values: list[Any]) -> str:
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    return json.dumps(_numbers_of_json(value), ensure_ascii=False, indent=indent, default=str)
+
+
+def _numbers_of_json(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: metadata that holds them gets null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _numbers_of_json(one) for key, one in value.items()}
+    return [_numbers_of_json(one) for one in value] if isinstance(value, list) else value
 
 
 def as_picture(answers: Iterable[Answer], pictures: IndexPictures) -> tuple[Image.Image, list[str]]:

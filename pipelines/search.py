@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from PIL import Image
 
+from align.fusion.store import head_fingerprint
+from align.preprocess import preprocess
 from eval.search.searcher import Searcher
 from pipelines import answers as written
 from pipelines.answers import Answer, hit_of
@@ -132,18 +135,25 @@ class Search:
         if balance is not None and not (asked.text and asked.image):
             raise ConfigError("balance: lies between pictures and words; give image and text")
         picture, words = (1.0, 1.0) if balance is None else (2 * (1 - balance), 2 * balance)
-        terms = [Term(open_picture(path), picture) for path in asked.image]
+        terms = [Term(self._picture(path), picture) for path in asked.image]
         terms += [Term(asked.text, words)] if asked.text else []
         terms += [Term(self._row(row), 1.0) for row in asked.like]
         for term in asked.terms:
             if term.id is not None:
                 terms.append(Term(self._row(term.id), term.weight))
             elif term.image is not None:
-                terms.append(Term(open_picture(term.image), term.weight))
+                terms.append(Term(self._picture(term.image), term.weight))
             else:
                 terms.append(Term(term.text or "", term.weight))
         terms += [Term(text, -1.0) for text in asked.minus]
         return Query(tuple(terms), self._head(asked.head, terms))
+
+    def _picture(self, path: Path) -> Image.Image:
+        """A user's picture as the tower takes it, so that many of them take little memory."""
+        opened = open_picture(path)
+        config = self.opened.model.config
+        pixels = preprocess(opened, config.image_size, fit=config.fit)
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def _row(self, number: int) -> Float32[np.ndarray, " dim"]:
         """The vector of a row of the index."""
@@ -156,15 +166,31 @@ class Search:
     def _head(self, name: str | None, terms: Sequence[Term]) -> str | None:
         """The head to fuse with; of an index of fused rows, theirs."""
         if name is None:
-            card = self.searcher.card
-            theirs = card.origin.get("head") if "head" in card.fingerprints else None
-            if theirs is None or picture_and_text(terms) is None:
+            name = self._own_head() if picture_and_text(terms) else None
+            if name is None:
                 return None
-            name = str(theirs)
         if name not in self.encoder.heads:
             head = find_head(name, self.opened.place, towers=self.opened.fingerprint)
             self.encoder.heads[name] = head
         return name
+
+    def _own_head(self) -> str | None:
+        """The folder of the head that fused the rows of the index; None where none did."""
+        card = self.searcher.card
+        place = card.origin.get("head") if card.modality == "fused" else None
+        if place is None:
+            return None
+        if not Path(place).is_dir():
+            raise ConfigError(
+                f"head: the rows of {self._config.index} were fused by the head in {place}, which "
+                "is no longer there; name its folder, or another head"
+            )
+        if head_fingerprint(place) != card.fingerprints.get("head"):
+            raise ConfigError(
+                f"head: {place} is not the head that {self._config.index} was made with; name that "
+                "one, or embed and index again"
+            )
+        return str(place)
 
     def _vectors(
         self, queries: Sequence[Query], asked: Sequence[Asked]
@@ -215,10 +241,11 @@ def _write(answers: Iterable[Answer], search: Search, config: SearchConfig) -> N
     is_one = config.queries is None
     match config.output:
         case "table":
-            kept = list(answers)
-            _print(written.as_table(kept, search.searched))
-            if is_one or config.out:
-                _draw(kept, search, config.drawing)
+            draws = is_one or config.out is not None
+            shown = list(answers) if draws else answers
+            _print(written.as_table(shown, search.searched))
+            if draws:
+                _draw(shown, search, config.drawing)
         case "picture":
             _draw(answers, search, config.drawing)
         case "json":

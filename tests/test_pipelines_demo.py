@@ -100,6 +100,29 @@ def test_the_bundle_loads_and_encodes(done):
 
 
 @pytest.mark.slow
+def test_the_index_is_exact_tuned_for_texts_and_searched_with_the_heads_of_the_bundle(
+    done, tmp_path, capsys
+):
+    from eval.index.card import IndexCard
+    from pipelines import search
+    from pipelines.heads import head_places
+
+    card = IndexCard.load(done / "index")
+    assert card.factory == "Flat", "what fuse compares heads by is exact"
+    assert card.reached_by("text").at_10.value == 1
+    assert set(head_places(done / "bundle")) == {"early", "intermediate", "late"}
+    key = json.loads((done / "results.json").read_text())["best_head"]
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    capsys.readouterr()
+    asked = ["a heart", f"image={tmp_path}/red.png", f"head={key}", "where=skin_tone = ''", "k=3"]
+    found = parse("search", [*asked, f"index={done}/index", "format=json"])
+    assert search.run(found) == 0  # pyright: ignore[reportArgumentType]
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["hits"]) == 3
+    assert {hit["fields"]["skin_tone"] for hit in answer["hits"]} == {""}
+
+
+@pytest.mark.slow
 def test_nothing_of_the_test_was_trained_on(done):
     def pairs_in(name: str) -> list[dict[str, str]]:
         from pyarrow import parquet
@@ -137,6 +160,7 @@ def test_a_second_run_says_that_it_is_done_and_touches_nothing(done, capsys):
     assert "done before; add --restart to run it anew" in printed
     assert "unseen artist" in printed
     assert str((done / "report.html").resolve()) in printed
+    assert printed.splitlines()[-1] == f"search   align serve {done / 'index'}"
     assert state() == before
 
 

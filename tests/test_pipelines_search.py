@@ -362,23 +362,14 @@ def test_pages_of_hits_follow_each_other(place, capsys):
 def test_a_fusion_head_is_found_by_its_name_in_the_bundle(place, tmp_path, capsys):
     import shutil
 
-    from align.fusion import fusion_head
-    from align.fusion.store import save_head
-
     bundle, folder = tmp_path / "bundle", tmp_path / "own"
     shutil.copytree(place / "run" / "bundle", bundle)
     model = align.load(bundle)
-    torch.manual_seed(1)
-    widths = {"image_width": model.image.token_width, "text_width": model.text.token_width}
-    head = fusion_head("early")(dim=model.config.dim, **widths)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
     for where in (bundle / "heads" / "mine", folder):
-        save_head(head, where, name="early", options={}, towers=fingerprint(bundle))
+        head = early_head(model, where, fingerprint(bundle))
     both = ["blue", f"image={place}/query.png", f"model={bundle}", "k=8"]
     with Image.open(place / "query.png") as image:
-        encoder = QueryEncoder(model, {"mine": head.eval()})
+        encoder = QueryEncoder(model, {"mine": head})
         row = encoder.vectors([Query((Term(image.convert("RGB")), Term("blue")), "mine")])[0]
     by_name = found(place, capsys, *both, "head=mine")
     assert ids_of(by_name) == nearest(place, row, 8)
@@ -395,6 +386,89 @@ def test_a_fusion_head_is_found_by_its_name_in_the_bundle(place, tmp_path, capsy
     (bundle / "heads" / "mine" / "head.json").write_text(json.dumps(description))
     line = refused(capsys, "search", *both, "head=mine", f"index={place}/index")
     assert "head: 'mine' is no folder of a fusion head" in line, "a bundle runs no code of others"
+
+
+def early_head(model: Any, folder: Path, towers: str) -> Any:
+    """A head that is not the mean of both, saved in a folder."""
+    from align.fusion import fusion_head
+    from align.fusion.store import save_head
+
+    torch.manual_seed(1)
+    widths = {"image_width": model.image.token_width, "text_width": model.text.token_width}
+    head = fusion_head("early")(dim=model.config.dim, **widths)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_head(head, folder, name="early", options={}, towers=towers)
+    return head.eval()
+
+
+def test_fused_rows_are_asked_through_the_head_that_fused_them(place, tmp_path, capsys):
+    import shutil
+
+    bundle, folder, index = place / "run" / "bundle", tmp_path / "head", tmp_path / "index"
+    model = align.load(bundle)
+    head = early_head(model, folder, fingerprint(bundle))
+    run("embed", str(bundle), f"{place}/two", f"{tmp_path}/table", "rows=fused", f"head={folder}")
+    run("index", f"{tmp_path}/table", str(index), "modality=fused", "factory=Flat")
+    both = ["red cross", f"image={place}/query.png", f"index={index}", "k=8", "format=json"]
+    with Image.open(place / "query.png") as image:
+        encoder = QueryEncoder(model, {"it": head})
+        row = encoder.vectors([Query((Term(image.convert("RGB")), Term("red cross")), "it")])[0]
+    capsys.readouterr()
+    run("search", *both)
+    answer = json.loads(capsys.readouterr().out)
+    rows = Searcher(index).rows
+    scores = rows.vectors(np.arange(48)) @ row
+    assert ids_of(answer) == rows.ids[np.argsort(-scores)[:8]].tolist()
+    assert answer["hits"][0]["score"] == pytest.approx(scores.max(), abs=2e-5)
+    early_head(model, folder, fingerprint(bundle))
+    (folder / "head.json").write_text((folder / "head.json").read_text() + "\n")
+    assert f"{folder} is not the head that {index} was made with" in refused(
+        capsys, "search", *both
+    )
+    shutil.rmtree(folder)
+    assert "which is no longer there" in refused(capsys, "search", *both)
+
+
+def test_an_index_that_does_not_say_its_model_takes_the_one_that_is_named(
+    place, tmp_path, capsys
+):  # fmt: skip
+    import shutil
+
+    index = tmp_path / "index"
+    shutil.copytree(place / "index", index)
+    card = json.loads((index / "index.json").read_text())
+    card["fingerprints"]["model"] = ""
+    del card["sources"][0]["origin"]["model"]
+    (index / "index.json").write_text(json.dumps(card))
+    line = refused(capsys, "search", "dot", f"index={index}")
+    assert f"model: {index} does not say which model it was made with; name it" in line
+    run("search", "dot", f"index={index}", f"model={place}/run/bundle", "format=json")
+    assert len(ids_of(json.loads(capsys.readouterr().out))) == 12
+    assert len(ids_of(found(place, capsys, "like=3", "k=4"))) == 4
+    from dataclasses import replace
+
+    other = tiny_model()
+    wide = type(other)(replace(other.config, dim=24), other.tokenizer)
+    save(wide, tmp_path / "wide")
+    line = refused(capsys, "search", "dot", f"index={index}", f"model={tmp_path}/wide")
+    assert "gives vectors of 24, but" in line
+    assert "holds vectors of 16: it was made with another model" in line
+
+
+def test_numbers_that_json_does_not_know_are_null(place, capsys):
+    from pipelines.answers import Answer, as_json_text, hit_of
+    from pipelines.query_files import Asked
+    from pipelines.schemas.search import QueryConfig
+
+    nothing = float("nan")
+    hit = hit_of({"id": 3, "size": nothing, "sizes": [1.0, -nothing], "x": {"y": nothing}}, 0.5, 2)
+    answer = Answer(Asked(QueryConfig(text="x")), [hit], 9, "exact")
+    (text,) = as_json_text([answer], is_one=True)
+    assert "NaN" not in text
+    fields = json.loads(text)["hits"][0]["fields"]
+    assert fields == {"size": None, "sizes": [1.0, None], "x": {"y": None}}
 
 
 # --- many queries, and what comes out ---
