@@ -11,6 +11,8 @@ from numpy import ndarray
 
 from eval.search.filters import Allowed
 
+_faiss: Any = faiss
+"""Its keyword arguments are made when it is imported, so that no type checker knows them."""
 _LEAST_CANDIDATES = 64
 """So many are ranked again, however few are wanted, where the index's own scores are rough."""
 
@@ -67,8 +69,7 @@ class Engine:
         """Candidates among the allowed rows; -1 where there are too few."""
         share = allowed.count / allowed.of
         asked = min(self.wanted(k, effort), allowed.count)
-        bits = allowed.bits
-        selector = faiss.IDSelectorBitmap(bits)
+        selector = _faiss.IDSelectorBitmap(allowed.bits)
         further = effort / math.sqrt(share)
         parameters = _parameters(self.index, further, selector, asked)
         return self.index.search(queries, asked, params=parameters)
@@ -116,17 +117,17 @@ def _parameters(index: faiss.Index, effort: float, selector: Any, asked: int) ->
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         inner = _parameters(index.index, effort, selector, asked)
-        return inner and faiss.SearchParametersPreTransform(index_params=inner)
+        return inner and _faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
-        factor = max(index.k_factor, 1.0) * effort
+        factor = min(max(index.k_factor, 1.0) * effort, max(index.ntotal / asked, 1.0))
         inner = _parameters(index.base_index, effort, selector, math.ceil(asked * factor))
-        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
+        return _faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
     if isinstance(index, faiss.IndexIVF):
         probes = min(math.ceil(index.nprobe * effort), index.nlist)
-        return faiss.SearchParametersIVF(
+        return _faiss.SearchParametersIVF(
             sel=selector, nprobe=probes, max_codes=math.ceil(index.max_codes * effort)
         )
     if isinstance(index, faiss.IndexHNSW):
         breadth = math.ceil(max(index.hnsw.efSearch, asked) * effort)
-        return faiss.SearchParametersHNSW(sel=selector, efSearch=min(breadth, index.ntotal))
-    return selector and faiss.SearchParameters(sel=selector)
+        return _faiss.SearchParametersHNSW(sel=selector, efSearch=min(breadth, index.ntotal))
+    return selector and _faiss.SearchParameters(sel=selector)

@@ -14,19 +14,16 @@ from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Bool, Int64, UInt8
 from numpy import ndarray
 
 from eval.index.rows import IndexRows
+from eval.search.expression import check_length, check_parsed
 from eval.search.fields import Column, column_of, conditions, quoted
 
 T = TypeVar("T")
 
-LONGEST = 10_000
-"""Characters of an SQL expression."""
-NESTED = 200
-"""Opening brackets in one; DuckDB's parser takes the square of their number where one is not
-closed, and is not interrupted meanwhile."""
 _REMEMBERED_BYTES = 64 * 2**20
 """Of the answers that are kept, because pages of one search ask the same again."""
 _LOCKED = (
@@ -37,11 +34,6 @@ _LOCKED = (
     "SET python_enable_replacements = false",
     "SET lock_configuration = true",
 )
-_HARMLESS = {
-    "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
-    "FUNCTION", "LAMBDA", "LAMBDA_REF", "OPERATOR", "TYPE",
-}  # fmt: skip
-"""Classes of DuckDB's expressions that look at one row alone."""
 
 
 class FilterTimeoutError(ValueError):
@@ -103,6 +95,7 @@ class RowFilter:
         self._memory = memory
         self._kept: OrderedDict[str, Allowed] = OrderedDict()
         self._lock = threading.Lock()
+        self._removed = pa.table({"id": rows.ids[removed]})
         self.live: Allowed | None = None  # None: all rows are
         if len(removed):
             mask = np.ones(len(rows), bool)
@@ -159,7 +152,11 @@ class RowFilter:
         return found
 
     def run(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """Run a query of our own over the view `rows`."""
+        """Run a query of our own over the views `rows` and `removed`, which holds ids.
+
+        Raises:
+            duckdb.Error: It takes too long or too much memory.
+        """
         return self._ask(sql, values, lambda cursor: cursor.fetchall())
 
     def _look(self, condition: str, values: list[Any]) -> Allowed:
@@ -193,46 +190,43 @@ class RowFilter:
         Raises:
             ValueError: It is; says what.
         """
-        if len(where) > LONGEST:
-            raise ValueError(f"where: longer than {LONGEST} characters")
-        if where.count("(") > NESTED:
-            raise ValueError(f"where: more than {NESTED} brackets")
+        check_length(where)
         try:
-            parsed, plain = (self._parsed(f"SELECT {text}\n") for text in (where, "1"))
+            parsed = self._parsed(f"SELECT {where}\n")
         except RecursionError as error:
             raise ValueError("where: nested too deeply") from error
         if parsed.get("error"):
             raise ValueError(f"where: {self._one_line(parsed.get('error_message', ''))}")
-        nodes = [one["node"] for one in parsed["statements"]]
-        if len(nodes) != 1 or _frame(nodes[0]) != _frame(plain["statements"][0]["node"]):
-            raise ValueError("where: must be one expression over the columns, not a statement")
-        selected = nodes[0]["select_list"]
-        if len(selected) != 1 or selected[0].get("alias"):
-            raise ValueError("where: must be one expression over the columns, not several")
-        for kind in _classes(selected[0]):
-            if kind not in _HARMLESS:
-                what = kind.lower().replace("_", " ")
-                raise ValueError(f"where: only values of a row can be compared, here is a {what}")
+        check_parsed(parsed, self._plain)
 
     def _parsed(self, sql: str) -> dict[str, Any]:
+        ask = "SELECT json_serialize_sql(?)"
         try:
-            text = self._ask(
-                "SELECT json_serialize_sql(?)", (sql,), lambda cursor: cursor.fetchall()[0][0]
-            )
+            text = self._ask(ask, (sql,), lambda cursor: cursor.fetchall()[0][0], views=False)
         except duckdb.Error as error:
             raise ValueError(f"where: {self._one_line(error)}") from error
         return json.loads(text)
 
+    @cached_property
+    def _plain(self) -> dict[str, Any]:
+        return self._parsed("SELECT 1")
+
     def _ask(
-        self, sql: str, values: tuple[Any, ...], read: Callable[[duckdb.DuckDBPyConnection], T]
+        self,
+        sql: str,
+        values: tuple[Any, ...],
+        read: Callable[[duckdb.DuckDBPyConnection], T],
+        *,
+        views: bool = True,
     ) -> T:
         with self._lock:
             cursor = self._database.cursor()
-            table = self._rows.table
+            tables = {"rows": self._rows.table, "removed": self._removed} if views else {}
         timer = threading.Timer(self._seconds, cursor.interrupt)
         timer.daemon = True
         try:
-            cursor.register("rows", table)
+            for name, table in tables.items():
+                cursor.register(name, table)
             timer.start()
             return read(cursor.execute(sql, values))
         finally:
@@ -245,31 +239,3 @@ class RowFilter:
         names = [quoted(name) for name in self.columns]
         listed = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
         return f"{said}; columns: {listed}"
-
-
-def _frame(node: Mapping[str, Any]) -> Any:
-    """A query without what it selects and where in the text that stood."""
-    return _without_places({**node, "select_list": []})
-
-
-def _without_places(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            name: _without_places(inner)
-            for name, inner in value.items()
-            if not name.startswith("query_location")
-        }
-    return [_without_places(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _classes(value: Any) -> list[str]:
-    """The classes of an expression and all within it."""
-    found, waiting = [], [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            found += [one["class"]] if "class" in one else []
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
-    return found

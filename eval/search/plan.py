@@ -19,7 +19,6 @@ from eval.search.exact import best_first, exact_among
 from eval.search.filters import Allowed
 
 Plan = Literal["auto", "exact", "selector", "overfetch"]
-PLANS = ("auto", "exact", "selector", "overfetch")
 
 _NEARLY_ALL = 0.9
 """From this share of the rows on, the index is asked as it was tuned, for a little more."""
@@ -69,10 +68,8 @@ class Planner:
         """The plan for so many hits of so many queries; `auto` is the index as it was tuned.
 
         Raises:
-            ValueError: There is no such plan, or the index cannot do it.
+            ValueError: The index takes no selector.
         """
-        if plan not in PLANS:
-            raise ValueError(f"plan: {plan!r}; known: {', '.join(PLANS)}")
         if plan == "selector" and allowed is not None and not self._engine.selects:
             raise ValueError(
                 "plan: this kind of index takes no selector; choose exact or overfetch"
@@ -126,7 +123,8 @@ class Planner:
         share = allowed.count / allowed.of
         ask = 3 * self._query_s * (1 / share if self._engine.navigated else 1.0)
         again = 0 if self._engine.lossless else 3 * self._engine.wanted(k, 1.0) * self._row_s
-        return queries * (ask + again)
+        sift = 0 if self._engine.selects else self._engine.wanted(k, 3.0) / share * self._row_s
+        return queries * (ask + again + sift)
 
     def _sifted(
         self, queries: Float32[ndarray, "queries dim"], k: int, allowed: Allowed
@@ -151,10 +149,12 @@ class Planner:
         for turn in range(_ROUNDS):
             some = queries[waiting]
             ask = self._engine.selected if plan == "selector" else self._engine.overfetched
-            best = self._ranked(some, k, *ask(some, k, allowed, effort))
+            candidates = ask(some, k, allowed, effort)
+            best = self._ranked(some, k, *candidates)
             steady = (best[1] >= 0).all(axis=1)
             with np.errstate(invalid="ignore"):  # lists that are still short end with infinity
                 steady &= (np.abs(best[0] - scores[waiting]) < _SAME).all(axis=1)
+            steady |= np.count_nonzero(candidates[1] >= 0, axis=1) == allowed.count
             scores[waiting], rows[waiting] = best
             waiting = waiting[~steady]
             spent += effort * self._asking_seconds(allowed, k, max(len(waiting), 1)) / 3
@@ -196,7 +196,7 @@ class Planner:
         scores: Float32[ndarray, "queries some"],
         rows: Int64[ndarray, "queries some"],
     ) -> tuple[Float32[ndarray, "queries k"], Int64[ndarray, "queries k"]]:
-        """Lists that the index leaves short (too few probes, a corner of a graph), found exactly."""
+        """Lists that the index leaves short (a graph has unreachable corners), found exactly."""
         if rows.shape[1] < k:
             return exact_among(self._rows, queries, k, allowed)
         short = np.flatnonzero((rows < 0).any(axis=1))

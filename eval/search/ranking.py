@@ -33,14 +33,14 @@ class Ranking:
         *,
         first: int,
         allowed: Allowed | None,
-        banned: Sequence[Int64[ndarray, " banned"]],
+        banned: Sequence[Int64[ndarray, " _"]],
         plan: Plan,
     ) -> None:
         self._planner = planner
         self._queries = queries
         self._allowed = allowed
         self._banned = banned
-        self._asked = plan
+        self._asked: Plan = plan
         self._most = planner.rows if allowed is None else allowed.count
         self._depth = 0
         self._first = first

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import duckdb
+
 from eval.search.fields import Column, always_quoted
 from eval.search.filters import RowFilter
 from eval.search.hits import FieldSummary
@@ -10,23 +12,49 @@ MOST_VALUES = 50
 """A column with more distinct values is not listed."""
 
 
+_LOOKED_AT = 10_000
+"""Rows among which a column of many distinct values shows."""
+_LIVE = "(SELECT {} AS v FROM rows ANTI JOIN removed USING (id))"
+
+
 def summaries(filter_: RowFilter) -> list[FieldSummary]:
-    """Kind, range and, where they are few, values with counts of every column but `id`."""
-    return [_summary(filter_, one) for name, one in filter_.columns.items() if name != "id"]
+    """Kind, range and, where they are few, values with counts of every column but `id`.
+
+    A column that cannot be summed up in time is described without its values.
+    """
+    found = []
+    for name, column in filter_.columns.items():
+        if name == "id":
+            continue
+        try:
+            found.append(_summary(filter_, column))
+        except duckdb.Error:
+            found.append(FieldSummary(name, column.kind, []))
+    return found
 
 
 def _summary(filter_: RowFilter, column: Column) -> FieldSummary:
-    name = always_quoted(column.name)
-    listed = f"unnest({name})" if column.lists else name
+    if column.kind == "other":
+        return FieldSummary(column.name, column.kind, [])
+    value = always_quoted(column.name)
+    if column.lists:
+        value = f"unnest({value})"
+    if column.kind == "number" and column.type.startswith(("FLOAT", "DOUBLE", "DECIMAL")):
+        value = f"CAST({value} AS DOUBLE)"
+    rows, sound = _LIVE.format(value), "v IS NOT NULL"
     low = high = None
     if column.kind == "number":
-        [(low, high)] = filter_.run(f"SELECT min(v), max(v) FROM (SELECT {listed} AS v FROM rows)")
+        sound = "isfinite(CAST(v AS DOUBLE))"
+        [(low, high)] = filter_.run(f"SELECT min(v), max(v) FROM {rows} WHERE {sound}")
+    [(distinct,)] = filter_.run(
+        f"SELECT count(DISTINCT v) FROM (SELECT v FROM {rows} LIMIT {_LOOKED_AT})"
+    )
     values: list[tuple[Any, int]] = []
-    if column.kind != "other":
-        found = filter_.run(
-            f"SELECT v, count(*) AS n FROM (SELECT {listed} AS v FROM rows) WHERE v IS NOT NULL "
-            f"GROUP BY v ORDER BY n DESC, v LIMIT {MOST_VALUES + 1}"
+    if distinct <= MOST_VALUES:
+        values = filter_.run(
+            f"SELECT v, count(*) AS n FROM {rows} WHERE {sound} GROUP BY v ORDER BY n DESC, v "
+            f"LIMIT {MOST_VALUES + 1}"
         )
-        if len(found) <= MOST_VALUES:
-            values = [(value, int(count)) for value, count in found]
-    return FieldSummary(column.name, column.kind, values, low, high)
+    return FieldSummary(
+        column.name, column.kind, values if len(values) <= MOST_VALUES else [], low, high
+    )
