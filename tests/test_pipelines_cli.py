@@ -212,7 +212,7 @@ def test_the_printed_configuration_of_a_verb_is_valid_input(verb, capsys, tmp_pa
     required = {
         **{"source": "x", "bundle": "x", "to": "onnx"},
         "data": "x",
-        "out": "x",
+        "out": "x.png",
         "model": "m",
         "table": "t",
         "text": "red heart",

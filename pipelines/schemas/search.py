@@ -138,7 +138,7 @@ class SearchConfig(QueryConfig):
     @classmethod
     def _writable(cls, out: Path | None) -> Path | None:
         if out is not None and out.is_dir():
-            raise ValueError(f"{out} is a folder; name a file, such as {out / 'hits.png'}")
+            raise ValueError(f"{out} is a folder and no picture file; name one, such as hits.png")
         return out
 
     @field_validator("queries")
