@@ -16,7 +16,7 @@ import pytest
 from eval.embed import EmbeddedRows, write_table
 from eval.index import folder as index_folder
 from eval.index.build import build_index
-from eval.index.card import IndexCard
+from eval.index.card import IndexCard, Speed
 from eval.index.change import append, compact, remove
 from eval.index.folder import open_index, remove_leftovers, write_arrow, write_faiss
 from eval.index.rows import ARROW_ROWS, mapped
@@ -73,6 +73,13 @@ def second(tmp_path_factory):
 def built(first, tmp_path) -> Path:
     build_index(first, tmp_path / "index", factory="Flat", query_count=40)
     return tmp_path / "index"
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch):
+    """Timing takes long, and says nothing here."""
+    monkeypatch.setattr("eval.index.build.speed", lambda *_: [Speed(1, 1000.0)])
+    monkeypatch.setattr("eval.index.asked.speed", lambda *_: [Speed(1, 1000.0)])
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

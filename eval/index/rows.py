@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 
 from eval.index.card import Source
@@ -87,8 +87,8 @@ class IndexRows:
             if part is None:
                 found[here] = self._index.reconstruct_batch(rows[here])
             else:
-                found[here] = part[rows[here] - (self._ends[number] - len(part))]
-        return unit_rows(found)
+                found[here] = _float32(part[rows[here] - (self._ends[number] - len(part))])
+        return _scaled(found)
 
     def blocks(self) -> Iterator[Float32[ndarray, "_ dim"]]:
         """All vectors in row order, so many at a time."""
@@ -99,7 +99,7 @@ class IndexRows:
                 if part is None:
                     yield unit_rows(self._index.reconstruct_n(first, stop - first))
                 else:
-                    yield unit_rows(part[first - start : stop - start])
+                    yield _scaled(_float32(part[first - start : stop - start]))
             start = int(end)
 
     def metadata(self, rows: Int64[ndarray, " some"]) -> list[dict[str, Any]]:
@@ -154,6 +154,19 @@ class IndexRows:
     def source_of(self, row: int | np.integer) -> Source:
         """The source that a row came from."""
         return self.sources[int(np.searchsorted(self._first, row, side="right")) - 1]
+
+
+def _float32(rows: Float[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
+    """A copy in float32; torch converts half floats five times as fast as NumPy."""
+    if rows.dtype != np.float16:
+        return rows.astype(np.float32)
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).float().numpy()
+
+
+def _scaled(rows: Float32[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
+    """These rows, in place, of unit length."""
+    rows /= np.sqrt(np.einsum("rd,rd->r", rows, rows))[:, None]
+    return rows
 
 
 class _Batches:
