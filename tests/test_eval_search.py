@@ -318,11 +318,11 @@ def test_what_a_filter_leaves_is_remembered_within_bounds(table, flat, monkeypat
     asked = []
     look = flat._filter._look
     monkeypatch.setattr(flat._filter, "_look", lambda *a: asked.append(a) or look(*a))
-    monkeypatch.setattr("eval.search.filters._REMEMBERED_BYTES", 30_000)
+    monkeypatch.setattr("eval.search.filters._REMEMBERED_BYTES", 800)
     for where in ("share < 0.51", "share < 0.51", "share < 0.52", "share < 0.53", "share < 0.51"):
         flat.search(table.vectors("text")[:1], 3, where=where)
     assert len(asked) == 4  # the first was forgotten when the third came
-    assert sum(one.bytes for one in flat._filter._kept.values()) <= 30_000
+    assert sum(one.bytes for one in flat._filter._kept.values()) <= 800
 
 
 def test_threads_do_not_disturb_each_other(table, metadata, flat):
@@ -373,6 +373,8 @@ def test_removed_rows_are_found_no_more(table, tmp_path, factory):
     everything = searcher.neighbours(queries[:1], ROWS)
     assert sorted(everything.ids[0] // 2) == np.flatnonzero(mask).tolist()
     assert searcher.search(queries, 3, fields={"id": [0, 6]}).ids.shape == (5, 0)
+    assert searcher.places(np.array([2, 6, 7, 8, -1, 5998])).tolist() == [1, -1, -1, -1, -1, -1]
+    assert searcher.places(np.array([5996])).tolist() == [2998]
     with pytest.raises(ValueError, match="holds no sample with id 6"):
         searcher.metadata(np.array([2, 6]))
     with pytest.raises(ValueError, match="holds no sample with id 6"):

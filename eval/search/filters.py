@@ -68,8 +68,8 @@ class Allowed:
 
     @property
     def bytes(self) -> int:
-        """Memory held, row numbers included."""
-        return len(self.bits) + 8 * self.count
+        """Memory held, row numbers included where they were asked for."""
+        return len(self.bits) + (8 * self.count if "rows" in vars(self) else 0)
 
 
 class RowFilter:

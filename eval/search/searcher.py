@@ -180,7 +180,7 @@ class Searcher:
         """
         exclude = options.pop("exclude", None) or [()] * len(ids)
         also = [{*some, one} for some, one in zip(exclude, ids, strict=True)]
-        rows = self._places(np.array(list(ids), np.int64))
+        rows = self._held(np.array(list(ids), np.int64))
         return self.search(self.rows.vectors(rows), k, exclude=also, **options)
 
     def metadata(self, ids: Int64[ndarray, " hits"]) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ class Searcher:
         Raises:
             ValueError: The index does not hold one of them.
         """
-        return self.rows.metadata(self._places(ids))
+        return self.rows.metadata(self._held(ids))
 
     def fields(self) -> list[FieldSummary]:
         """What the columns of the metadata hold, for a page's filters."""
@@ -199,10 +199,15 @@ class Searcher:
     def _fields(self) -> list[FieldSummary]:
         return summaries(self._filter)
 
-    def _places(self, ids: Int64[ndarray, " some"]) -> Int64[ndarray, " some"]:
+    def places(self, ids: Int64[ndarray, " some"]) -> Int64[ndarray, " some"]:
+        """Row numbers of sample ids, -1 for those that the index does not hold or not any more."""
         rows = self.rows.places(ids)
-        if self._filter.live is not None:
-            rows = np.where(self._filter.live.has(rows), rows, -1)
+        return (
+            rows if self._filter.live is None else np.where(self._filter.live.has(rows), rows, -1)
+        )
+
+    def _held(self, ids: Int64[ndarray, " some"]) -> Int64[ndarray, " some"]:
+        rows = self.places(ids)
         if (rows < 0).any():
             raise ValueError(f"the index holds no sample with id {ids[np.argmin(rows)]}")
         return rows
