@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from eval.metrics import check_rows
@@ -36,3 +36,19 @@ def blocks(
                 check_rows(np.asarray(part, dtype=np.float32), str(paths[number]))
                 raise
             yield unit_rows(raw)
+
+
+def chosen_rows(
+    table: EmbeddingTable, modality: str, rows: Int64[ndarray, " some"]
+) -> Float32[ndarray, "some dim"]:
+    """Unit-length rows by row number, in the order asked for.
+
+    Raises:
+        ValueError: As :func:`blocks`, of any row of the table.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = table.vectors(modality, rows)
+    if not np.isfinite(found).all():
+        for _ in blocks(table, modality):  # names the file and the row
+            pass
+    return found

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from align.folders import whole_folder
 from eval.index.asked import keep_queries
-from eval.index.blocks import blocks
+from eval.index.blocks import blocks, chosen_rows
 from eval.index.card import IndexCard, Reached, Speed
 from eval.index.choose import (
     PILOT_QUERIES,
@@ -177,12 +177,7 @@ def training_vectors(
         ValueError: One of them has no direction; names its file and row.
     """
     rows = generator.choice(table.rows, size=min(table.rows, count), replace=False)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = table.vectors(modality, np.sort(rows))
-    if not np.isfinite(found).all():
-        for _ in blocks(table, modality):  # the check names them
-            pass
-    return found
+    return chosen_rows(table, modality, np.sort(rows))
 
 
 def trained(
@@ -263,9 +258,9 @@ def add_parts(
             FAISS refuses to add.
     """
     rows = sum(table.card.parts[number].rows for number in parts)
-    before = index.ntotal
+    before, what = index.ntotal, f"index of FAISS type {type(faiss.downcast_index(index)).__name__}"
     for block in blocks(table, modality, parts):
-        faiss_call("index", lambda block=block: index.add(block))
+        faiss_call(what, lambda block=block: index.add(block))
         if progress:
             progress("add", index.ntotal - before, rows)
 

@@ -70,7 +70,7 @@ def tune(
     seconds = trial.seconds(frontier)
     chosen = frontier[int(np.argmin(seconds))]
     recall, low = trial.recall(chosen)
-    return Tuned(spelled(chosen), recall, min(seconds), low >= target_recall)
+    return Tuned(spelled(trial.whole(chosen)), recall, min(seconds), low >= target_recall)
 
 
 def knob_grids(index: faiss.Index) -> dict[str, list[int]]:
@@ -120,9 +120,15 @@ class _Trial:
             faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW
         )
 
+    def whole(self, setting: Mapping[str, int]) -> dict[str, int]:
+        """The setting, and how far a graph looks for the lists that it names."""
+        if self._graph_over_lists and "nprobe" in setting:
+            return {**setting, "quantizer_efSearch": max(32, 2 * setting["nprobe"])}
+        return dict(setting)
+
     def set(self, setting: Mapping[str, int]) -> None:
-        knobs = spelled(setting)
-        set_knobs(self.index, knobs)
+        """Set it on the index."""
+        set_knobs(self.index, spelled(self.whole(setting)))
 
     def recall(self, setting: Mapping[str, int]) -> tuple[float, float]:
         """Mean recall@10, and what is left of it less one standard error."""
