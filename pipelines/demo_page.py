@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from align.bundle import load
+from eval.index.card import IndexCard
 from eval.projection import project_2d
 from eval.report import Chart, Confusion, Hit, Page, Query, Series, Tile
 from eval.results import Report
@@ -173,7 +174,8 @@ def _search(page: Page, run: DemoRun, pictures: Pictures) -> None:
     section = page.section(
         "Search in your own words",
         f"FAISS ({searcher.card.factory}) over {searcher.card.rows:,} pictures of the unseen "
-        "artist; nobody says what is right here.",
+        "artist; nobody says what is right here. To ask for more: align serve "
+        f"{run.config.out / 'index'}",
     )
     section.gallery(
         [
@@ -265,6 +267,7 @@ def _map(page: Page, run: DemoRun, pictures: Pictures) -> None:
 
 def _facts(page: Page, run: DemoRun, environment: dict[str, Any]) -> None:
     training = run.config.pretrain
+    card = IndexCard.load(run.config.out / "index")
     page.section("How it was made").facts(
         {
             "Model": {
@@ -282,6 +285,15 @@ def _facts(page: Page, run: DemoRun, environment: dict[str, Any]) -> None:
                 "compute threads": environment["threads"],
                 "seed": training.seed,
                 "data fingerprint": environment["data"]["fingerprint"][:16],
+            },
+            "Index": {
+                "kind": " ".join([card.factory, card.knobs]).strip(),
+                "rows": f"{card.rows:,}",
+                "bytes a row": f"{card.bytes_per_vector:.0f}",
+                **{
+                    f"recall@10 of {one.queries} queries": f"{100 * one.at_10.value:.1f} %"
+                    for one in card.reached
+                },
             },
             "Seconds": {name: f"{value:.1f}" for name, value in run.seconds.items()},
             "Versions": environment["libraries"],

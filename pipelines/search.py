@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from PIL import Image
+from tqdm import tqdm
 
 from align.fusion.store import head_fingerprint
 from align.preprocess import preprocess
@@ -36,7 +37,9 @@ def run(config: SearchConfig) -> int:
         asked: Iterable[Asked] = [Asked(_query_of(config))]
     else:
         given = {name: getattr(config, name) for name in _said(config)}
-        asked = read_queries(config.queries, given)
+        many = read_queries(config.queries, given)
+        hidden = True if config.out is None else None  # the bar and the hits would mix
+        asked = tqdm(many, desc="search", unit=" queries", disable=hidden)
     _write(search.answers(asked), search, config)
     return 0
 
