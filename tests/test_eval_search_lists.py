@@ -124,6 +124,9 @@ def test_near_duplicates_collapse_into_the_best(copies):
         for ids, counts in zip(everything.ids, everything.copies, strict=True)
     )
     assert (plain.copies == 0).all()
+    some = searcher.search(queries, 9, where="id in (3, 7, 9) or id = 1000", collapse=0.95)
+    assert some.matching == 3
+    assert set(some.ids[0]) <= {3, 7, 9, -1}
 
 
 def slow_collapse(vectors, least):

@@ -103,7 +103,7 @@ class RowFilter:
             self.live = Allowed(mask)
 
     @cached_property
-    def _database(self) -> duckdb.DuckDBPyConnection:
+    def _database(self) -> Any:
         database = duckdb.connect(":memory:")
         database.execute(f"SET memory_limit = '{self._memory}'")
         for line in _LOCKED:
@@ -215,7 +215,7 @@ class RowFilter:
         self,
         sql: str,
         values: tuple[Any, ...],
-        read: Callable[[duckdb.DuckDBPyConnection], T],
+        read: Callable[[Any], T],
         *,
         views: bool = True,
     ) -> T:
