@@ -5,7 +5,7 @@ import { grouped, icon, make } from "./elements.js";
 /** Columns that name a row and do not describe it. */
 const NAMES = new Set(["id", "key", "shard", "caption"]);
 const SHOWN = 8;
-const OPEN = 4;
+const OPEN = 3;
 
 export class Filters {
   /** @param {HTMLElement} place @param {(patch: object) => void} change @param {() => void} close */
@@ -17,10 +17,12 @@ export class Filters {
 
   /** Build the controls of an index anew, set as a search has them. */
   show(index, search) {
-    const fields = index.fields.filter((field) => !NAMES.has(field.name)).map((field) => this.#field(field, search.fields[field.name]));
-    const shown = fields.filter(Boolean);
-    shown.forEach((part, n) => { part.open ||= n < OPEN; });
-    this.conditions = index.fields;
+    const fields = index.fields.filter((field) => !NAMES.has(field.name));
+    const told = fields.filter((field) => field.values.length || field.kind === "number");
+    told.sort((one, other) => (one.values.length || SHOWN) - (other.values.length || SHOWN)); // the short lists first
+    const rest = fields.filter((field) => !told.includes(field));
+    const shown = [...told, ...rest].map((field) => this.#field(field, search.fields[field.name])).filter(Boolean);
+    shown.slice(0, Math.min(OPEN, told.length)).forEach((part) => { part.open = true; });
     this.place.replaceChildren(
       make("div.sheet-head", {}, make("h2", {}, "Filters"),
         make("button.link.reset", { type: "button", onclick: () => this.change({ fields: {}, where: "", least: 0, collapse: 0, diversity: 0 }, true) }, "Reset"),

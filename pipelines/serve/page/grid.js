@@ -13,14 +13,25 @@ export function framed(source, caption, { lazy = true } = {}) {
   const image = make("img", { alt: "", draggable: false, decoding: "async", loading: lazy ? "lazy" : "eager" });
   image.addEventListener("error", wordsInstead);
   image.addEventListener("load", () => {
-    const { naturalWidth: width, naturalHeight: height } = image;
-    frame.classList.toggle("icon", Math.max(width, height) <= 128);
-    frame.classList.toggle("photo", Math.min(width, height) > 128);
+    frame.classList.add(!onWhite(image) ? "photo" : Math.max(image.naturalWidth, image.naturalHeight) > 128 ? "cutout" : "icon");
     image.classList.add("there");
   });
   image.src = source;
   frame.append(image);
   return frame;
+}
+
+const glance = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+
+/** Whether a picture has a white ground, by its corners: it is shown whole, others fill their frame. */
+function onWhite(image) {
+  const side = 8;
+  glance.fillStyle = "#fff";
+  glance.fillRect(0, 0, side, side);
+  glance.drawImage(image, 0, 0, side, side);
+  const { data } = glance.getImageData(0, 0, side, side);
+  const corners = [0, side - 1, side * (side - 1), side * side - 1];
+  return corners.filter((corner) => Math.min(...data.slice(4 * corner, 4 * corner + 3)) > 235).length >= 3;
 }
 
 /** Score as people read it. */
@@ -152,8 +163,8 @@ export class Detail {
     this.dialog.querySelector(`.${step}:enabled, .solid`).focus(); // the one before went with its parents
     write(facts, { score: scored(hit.score), ...hit.fields, key: hit.key, shard: hit.shard, id: hit.id });
     try {
-      const row = await this.facts(hit.id, signal);
-      write(facts, { score: scored(hit.score), copies: hit.copies || undefined, ...row });
+      const { fields, picture, ...own } = await this.facts(hit.id, signal);
+      write(facts, { score: scored(hit.score), "near-duplicates": hit.copies || undefined, ...fields, ...own });
     } catch (error) {
       if (error.name !== "AbortError") facts.append(make("dd.refused", { textContent: error.message }));
     }
@@ -169,7 +180,7 @@ export class Detail {
     this.dialog.replaceChildren(
       make("div.large", {}, framed(hit.picture && `${hit.picture}?side=1024`, hit.caption, { lazy: false }), go(-1, "back", "The one before"), go(1, "on", "The next one")),
       make("div.about", {},
-        make("h2", { dir: "auto", textContent: hit.caption || hit.key }),
+        make(hit.caption?.length > 90 ? "h2.long" : "h2", { dir: "auto", textContent: hit.caption || hit.key }),
         make("div.acts", {},
           make("button.solid", { type: "button", onclick: then(this.like) }, "More like this"),
           make("button.hollow", { type: "button", onclick: then(this.add) }, "Add to query")),
