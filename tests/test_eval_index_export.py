@@ -217,6 +217,9 @@ def test_clip_retrieval_reads_the_rows_in_their_order(whole, tmp_path):
     out = tmp_path / "peer"
     export_clip_retrieval(whole, out)
     theirs = faiss.read_index(str(out / "image.index"))
+    knobs = Searcher(whole).card.knobs
+    hnsw = faiss.downcast_index(theirs).hnsw  # pyright: ignore
+    assert knobs == f"efSearch={hnsw.efSearch}"
     paths = sorted((out / "metadata").glob("*.parquet"))
     assert len(paths) > 10
     metadata = [row for path in paths for row in parquet.read_table(path).to_pylist()]

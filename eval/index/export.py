@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from align.folders import whole_folder
 from eval.index.export_readme import clip_retrieval_readme, parquet_readme
-from eval.index.folder import OpenIndex, link, open_index
+from eval.index.folder import OpenIndex, link, open_index, write_faiss
 
 FILE_ROWS = 131_072
 """Rows of a Parquet file."""
@@ -42,7 +42,7 @@ FAISS_1_8 = (
 
 
 def export_clip_retrieval(folder: Path | str, out: Path | str) -> list[str]:
-    """A folder that `clip-retrieval back` opens, of links to the index's own files.
+    """A folder that `clip-retrieval back` opens, mostly of links to the index's own files.
 
     There a row's id is its place, and names decide the order of files: they are padded.
 
@@ -64,14 +64,15 @@ def export_clip_retrieval(folder: Path | str, out: Path | str) -> list[str]:
         raise ValueError(
             f"{folder}: {card.removed} removed rows would be found again; compact it first"
         )
-    if card.modality not in ("image", "text"):
-        raise ValueError(f"{folder}: clip-retrieval knows no index of {card.modality} rows")
     _refuse_unknown(opened)
-    name = f"{card.modality}.index"
+    kind = "text" if card.modality == "text" else "image"  # it knows no third kind
+    name = f"{kind}.index"
     with whole_folder(out) as beside:
         if card.lists_file:
             link(opened.folder / card.index_file, beside / name / "populated.index")
             link(opened.folder / card.lists_file, beside / name / card.lists_file)
+        elif card.knobs:  # there, those in the file count
+            write_faiss(opened.index, beside / name)
         else:
             link(opened.folder / card.index_file, beside / name)
         _padded([opened.folder / path for one in card.sources for path in one.vectors], beside)
@@ -82,14 +83,12 @@ def export_clip_retrieval(folder: Path | str, out: Path | str) -> list[str]:
             "nb vectors": card.rows,
             "vectors dimension": card.dim,
         }
-        (beside / f"{card.modality}.json").write_text(json.dumps(infos))
+        (beside / f"{kind}.json").write_text(json.dumps(infos))
         paths = {out.name: str(out.resolve())}
         (beside / "indices_paths.json").write_text(json.dumps(paths, indent=1))
         columns = [name for name in opened.rows.table.column_names if name != "id"]
         (beside / "README.md").write_text(clip_retrieval_readme(card, out, columns))
-    return [
-        f"{out}: {card.rows:,} rows for clip-retrieval; how to start it stands in {out}/README.md"
-    ]
+    return [f"{card.rows:,} rows for clip-retrieval; how to start it stands in {out}/README.md"]
 
 
 def _padded(paths: list[Path], out: Path) -> None:
@@ -164,7 +163,7 @@ def export_parquet(folder: Path | str, out: Path | str) -> list[str]:
                     writer.write_table(_group(opened, rows, names, schema))
         (beside / "columns.json").write_text(json.dumps(names, indent=1, ensure_ascii=False))
         (beside / "README.md").write_text(parquet_readme(opened.card, out, len(live), schema))
-    return [f"{out}: {len(live):,} rows as Parquet; how to load them stands in {out}/README.md"]
+    return [f"{len(live):,} rows as Parquet; how to load them stands in {out}/README.md"]
 
 
 def _group(

@@ -343,6 +343,8 @@ def _factory(index: faiss.Index) -> str:
 def _shown_knobs(index: faiss.Index) -> str:
     if isinstance(index, faiss.IndexPreTransform):
         return _shown_knobs(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexRefine):
+        return _shown_knobs(faiss.downcast_index(index.base_index))
     if isinstance(index, faiss.IndexIVF):
         return f"nprobe={index.nprobe}"
     if isinstance(index, faiss.IndexHNSW):
@@ -352,7 +354,7 @@ def _shown_knobs(index: faiss.Index) -> str:
 
 def _name_lists(index: faiss.Index, name: str) -> None:
     """Have an index say that its lists lie in this file beside it."""
-    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    lists: Any = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)  # pyright: ignore
     lists.filename = name
 
 
