@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import faiss
 import numpy as np
@@ -160,7 +161,7 @@ def test_an_index_on_disk(peer, tmp_path, with_embeddings):
     index.add(vectors["img_emb"])
     faiss.write_index(index, str(tmp_path / "part"))
     merge_ondisk(empty, [str(tmp_path / "part")], str(place / "merged_index.ivfdata"))
-    empty.nprobe = 4
+    faiss.ParameterSpace().set_index_parameters(empty, "nprobe=4")
     faiss.write_index(empty, str(place / "populated.index"))
     del empty
     emb = root / "emb" if with_embeddings else None
@@ -192,6 +193,32 @@ def test_arrow_metadata_and_one_file_for_several_parts(tmp_path):
     table = adopt_table(folder, tmp_path / "table")
     assert [row["width"] for row in table.metadata().to_pylist()] == list(range(ROWS))
     assert [part.rows for part in table.card.parts] == [44, 43, 43]
+
+
+def test_the_same_embeddings_may_be_taken_again(peer, tmp_path):
+    root, _ = peer
+    first = adopt_table(root / "emb", tmp_path / "table")
+    again = adopt_table(root / "emb", tmp_path / "table", model_fingerprint="m")
+    assert again.card.fingerprints == {**first.card.fingerprints, "model": "m"}
+    with pytest.raises(ValueError, match="choose"):
+        adopt_table(root / "emb" / "img_emb", tmp_path / "table")
+
+
+def test_links_to_files_elsewhere(peer, tmp_path):
+    """What is adopted stands alone, also where the peer's files were symbolic links."""
+    root, vectors = peer
+    write_peer(tmp_path / "real")
+    for path in sorted((tmp_path / "real").rglob("*_*.*")):
+        place = tmp_path / "emb" / path.relative_to(tmp_path / "real")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path)
+    (tmp_path / "emb" / "image.index").symlink_to(root / "index" / "image.index")
+    adopt(tmp_path / "emb", tmp_path / "index")
+    shutil.rmtree(tmp_path / "real")
+    shutil.rmtree(tmp_path / "emb")
+    assert not any(path.is_symlink() for path in (tmp_path / "index").rglob("*"))
+    found = Searcher(tmp_path / "index").search(vectors["img_emb"][[100]], 1)
+    assert found.rows[0][0]["caption"] == "caption 100"
 
 
 def test_what_their_folders_are(peer, tmp_path):

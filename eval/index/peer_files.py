@@ -188,7 +188,7 @@ def write_peer_table(
         written = {}
         for kind, vectors in files.vectors.items():
             name = f"{MODALITIES[kind]}/{MODALITIES[kind]}_{number}.npy"
-            link(vectors.paths[number], out / name)
+            link(vectors.paths[number].resolve(), out / name)  # not a link to a link
             written[name] = file_sha256(out / name)
         name = f"metadata/metadata_{number}.parquet"
         (out / "metadata").mkdir(parents=True, exist_ok=True)

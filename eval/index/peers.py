@@ -34,7 +34,7 @@ from eval.index.folder import (
     write_faiss,
 )
 from eval.index.peer_files import BLOCK, PeerFiles, Vectors, peer_files, write_peer_table
-from eval.table import MODALITIES, EmbeddingTable
+from eval.table import MODALITIES, EmbeddingTable, TableCard
 
 NAMES = {"image": ("image.index", "knn.index"), "text": ("text.index", "knn.index")}
 """What the peers call an index, by modality."""
@@ -71,7 +71,7 @@ def adopt_table(
     Args:
         folder: It holds `img_emb/`, `text_emb/`, or `.npy` files themselves; and `metadata/`, which
             may be missing.
-        out: The table's folder, which must not exist or be empty.
+        out: The table's folder: new, empty, or the table of an earlier call for this folder.
         modality: What `.npy` files outside `img_emb/` and `text_emb/` are embeddings of.
         model_fingerprint: Of the model they are from; empty where it is not known.
         origin: Free values for the table's card: where `model` and `data` lie.
@@ -81,7 +81,8 @@ def adopt_table(
         ValueError: Counts differ, a file is damaged or pickled, or a row has no direction.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    said = {**(origin or {}), "adopted": str(Path(folder).resolve())}
+    if out.exists() and any(out.iterdir()) and not _is_again(out, said["adopted"]):
         raise ValueError(f"{out}: holds other files; choose a new folder for the table")
     files = peer_files(Path(folder), modality)
     if not files.vectors:
@@ -89,8 +90,15 @@ def adopt_table(
             f"{folder}: no embeddings (.npy files) in it, nor in its img_emb/ or text_emb/"
         )
     with whole_folder(out) as beside:
-        write_peer_table(files, beside, model_fingerprint=model_fingerprint, origin=origin or {})
+        write_peer_table(files, beside, model_fingerprint=model_fingerprint, origin=said)
     return EmbeddingTable(out, check="sizes")
+
+
+def _is_again(out: Path, adopted: str) -> bool:
+    """Whether a folder holds the table that was made of the same embeddings before."""
+    if not (out / "table.json").is_file():
+        return False
+    return TableCard.load(out).origin.get("adopted") == adopted
 
 
 def adopt(
@@ -160,12 +168,12 @@ def adopt(
             source = replace(source, vectors=())
             shutil.rmtree(beside / MODALITIES[modality])
         if lists is not None:
-            link(lists, beside / _LISTS)
+            link(lists.resolve(), beside / _LISTS)
             _name_lists(index, _LISTS)
         if is_decoded or lists:  # with the direct map, by which rows are decoded by number
             write_faiss(index, beside / "index.faiss")
         else:
-            link(path, beside / "index.faiss")
+            link(path.resolve(), beside / "index.faiss")
         shutil.rmtree(work)
         card = IndexCard(
             factory=factory,
