@@ -340,6 +340,19 @@ def test_a_dropped_picture_a_balance_and_a_head(visitor, site, browser):
 
 
 @in_browser
+def test_a_head_takes_the_picture_of_a_row(visitor, site):
+    row = visitor.ids[5]
+    link = f"#q=blue&like={row}&head=early"
+    asked = visitor.asked(lambda: visitor.page.goto(site.url + link))
+    assert asked["head"] == "early"
+    assert [sorted(term) for term in asked["terms"]] == [["upload", "weight"], ["text", "weight"]]
+    assert visitor.page.url == site.url + link, "a row needs no vector in the link"
+    summed = visitor.asked(lambda: visitor.page.select_option("#head", ""))
+    assert summed["head"] is None
+    assert summed["terms"][0] == {"id": row, "weight": 0.5}
+
+
+@in_browser
 def test_pictures_are_chosen_and_pasted_and_what_is_none_is_told(visitor, tmp_path):
     page = visitor.page
     (tmp_path / "a.png").write_bytes(RED_CROSS)

@@ -23,15 +23,21 @@ export function framed(source, caption, { lazy = true } = {}) {
 
 const glance = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 
-/** Whether a picture has a white ground, by its corners: it is shown whole, others fill their frame. */
+/** Whether a picture has a white ground, by its border: it is shown whole, others fill their frame. */
 function onWhite(image) {
-  const side = 8;
+  const side = 16;
   glance.fillStyle = "#fff";
   glance.fillRect(0, 0, side, side);
   glance.drawImage(image, 0, 0, side, side);
   const { data } = glance.getImageData(0, 0, side, side);
-  const corners = [0, side - 1, side * (side - 1), side * side - 1];
-  return corners.filter((corner) => Math.min(...data.slice(4 * corner, 4 * corner + 3)) > 235).length >= 3;
+  let border = 0, white = 0;
+  for (let n = 0; n < side * side; n += 1) {
+    const [x, y] = [n % side, Math.floor(n / side)];
+    if (x % (side - 1) && y % (side - 1)) continue;
+    border += 1;
+    white += Math.min(data[4 * n], data[4 * n + 1], data[4 * n + 2]) > 235;
+  }
+  return white > border / 4;
 }
 
 /** Score as people read it. */
