@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -156,9 +157,7 @@ def _ours_built(
     )
 
 
-def _peer_built(
-    given: argparse.Namespace, folder: Path, table: EmbeddingTable
-) -> dict[str, object]:
+def _peer_built(given: argparse.Namespace, folder: Path, table: EmbeddingTable) -> dict[str, Any]:
     told = folder / "peer-told.json"
     if not told.exists():
         command = [given.peer, str(_PEER), "build", str(table.folder / "img_emb"), str(folder),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import faiss
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from eval.index.blocks import blocks
 from eval.index.build import MEASURING, TUNING, build_index, finished, trained
 from eval.index.choose import candidates, estimated_bytes
 from eval.index.describe import describe
-from eval.index.folder import open_index
+from eval.index.folder import open_index, set_knobs
 from eval.index.recall import draw_queries, found_by, reached, shares
 from eval.index.tune import knob_grids, tune
 from eval.table import EmbeddingTable, unit_rows
@@ -149,7 +151,7 @@ def test_the_next_is_built_where_one_misses_the_target(table, tmp_path, monkeypa
 
 
 def test_an_index_tuned_on_pictures_misses_its_target_on_texts(table, tmp_path):
-    options = {"factory": "IVF64,Flat", "target_recall": 0.95, "query_count": 1000}
+    options: dict[str, Any] = {"factory": "IVF64,Flat", "target_recall": 0.95, "query_count": 1000}
     on_images = build_index(table, tmp_path / "images", queries="image", **options)
     on_texts = build_index(table, tmp_path / "texts", queries="text", **options)
     assert on_images.reached_by("image").at_10.high >= 0.95
@@ -181,7 +183,7 @@ def test_tuning_finds_the_least_probes(table):
     assert tuned.enough
     by_probes = {}
     for probes in knob_grids(index)["nprobe"]:
-        index.nprobe = probes
+        set_knobs(index, f"nprobe={probes}")
         each = shares(found_by(index, drawn, 10), drawn, table, "image", 10)
         by_probes[probes] = each.mean() - each.std() / len(each) ** 0.5
     least = min(probes for probes, low in by_probes.items() if low >= 0.9)
@@ -238,7 +240,8 @@ def test_vectors_that_are_not_finite_are_named_by_file_and_row(tmp_path):
     vectors[42, 3], vectors[77] = np.nan, np.inf
     np.save(path, vectors)
     table = EmbeddingTable(tmp_path / "table", check="sizes")
-    for options in ({}, {"factory": "IVF4,Flat"}, {"train_rows": 1, "seed": 3}):
+    tries: list[dict[str, Any]] = [{}, {"factory": "IVF4,Flat"}, {"train_rows": 1, "seed": 3}]
+    for options in tries:
         with pytest.raises(
             ValueError, match=rf"{path.name}.*2 of 100 rows hold NaN.*: rows 42, 77"
         ):

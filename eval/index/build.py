@@ -1,7 +1,7 @@
 """Building an index: trained on a sample, filled part by part, tuned, measured, written whole."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from align.folders import whole_folder
 from eval.index.asked import keep_queries
-from eval.index.blocks import blocks, chosen_rows
+from eval.index.blocks import blocks
 from eval.index.card import IndexCard, Reached, Speed
 from eval.index.choose import (
     PILOT_QUERIES,
@@ -24,19 +24,13 @@ from eval.index.choose import (
 )
 from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums, write_faiss
 from eval.index.recall import Queries, draw_queries, measured_costs, reached, speed
+from eval.index.train import Progress, trained, training_vectors
 from eval.index.tune import Tuned, tune
 from eval.table import EmbeddingTable
-
-Progress = Callable[[str, int, int], None]
-"""Told of long work: what it is, how much is done, of how much."""
-
 
 TUNING, MEASURING = slice(0, None, 2), slice(1, None, 2)
 """Which of the drawn queries tune an index, and which measure it."""
 
-_LIST_ROUNDS, _LIST_POINTS = 8, 48
-_BOOK_ROUNDS, _BOOK_POINTS = 12, 256
-_TURN_ROUNDS, _TURN_POINTS = 8, 16_384
 _BUILDS = 3
 """Indexes that `auto` builds at most."""
 
@@ -166,81 +160,6 @@ def build_index(
         card = with_checksums(card, folder)
         card.save(folder)
     return card
-
-
-def training_vectors(
-    table: EmbeddingTable, modality: str, *, count: int, generator: np.random.Generator
-) -> Float32[ndarray, "some dim"]:
-    """At most so many rows of a table, drawn at random, of unit length.
-
-    Raises:
-        ValueError: One of them has no direction; names its file and row.
-    """
-    rows = generator.choice(table.rows, size=min(table.rows, count), replace=False)
-    return chosen_rows(table, modality, np.sort(rows))
-
-
-def trained(
-    dim: int,
-    factory: str,
-    training: Float32[ndarray, "some dim"],
-    *,
-    progress: Progress | None = None,
-) -> faiss.Index:
-    """An empty FAISS index that is trained on these vectors.
-
-    Lists, rotations and codebooks take a few rounds on some of the vectors: more of either costs
-    minutes and moves recall by less than a point.
-
-    Raises:
-        ValueError: FAISS refuses the factory string or the number of training rows.
-    """
-    what = f"index factory {factory!r}"
-    index = faiss_call(what, lambda: faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT))
-    if index.is_trained:
-        return index
-    if progress:
-        progress("train", 0, 1)
-    books = _few_rounds(index)
-    faiss_call(what, lambda: index.train(training))
-    del books  # FAISS reads them while it trains
-    if progress:
-        progress("train", 1, 1)
-    return index
-
-
-def _few_rounds(index: faiss.Index) -> list[faiss.ProductQuantizer]:
-    """Limit the training of an index and all in it; what is returned must outlive the training."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexRefine):
-        return _few_rounds(index.base_index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return [*_few_turns(index), *_few_rounds(index.index)]
-    if isinstance(index, faiss.IndexIVF):
-        index.cp.niter = _LIST_ROUNDS
-        index.cp.max_points_per_centroid = _LIST_POINTS
-        index.cp.min_points_per_centroid = 1  # fewer only make FAISS print a warning
-    if hasattr(index, "pq"):
-        index.pq.cp.niter = _BOOK_ROUNDS
-        index.pq.cp.max_points_per_centroid = _BOOK_POINTS
-        index.pq.cp.min_points_per_centroid = 1
-    return []
-
-
-def _few_turns(index: faiss.IndexPreTransform) -> list[faiss.ProductQuantizer]:
-    """Let OPQ turn for the codebooks that follow it, in few rounds."""
-    books = []
-    last = faiss.downcast_index(index.index)
-    for place in range(index.chain.size()):
-        turn = faiss.downcast_VectorTransform(index.chain.at(place))
-        if isinstance(turn, faiss.OPQMatrix):
-            turn.niter, turn.niter_pq, turn.niter_pq_0 = _TURN_ROUNDS, 2, 10
-            turn.max_train_points = _TURN_POINTS
-            if hasattr(last, "pq") and turn.d_out == last.d and turn.M == last.pq.M:
-                books.append(faiss.ProductQuantizer(last.d, last.pq.M, last.pq.nbits))
-                books[-1].cp.min_points_per_centroid = 1
-                turn.pq = books[-1]
-    return books
 
 
 def add_parts(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from eval.index.folder import faiss_call
+from eval.index.tune import downcast
 
 FLAT_ROWS = 20_000
 """Up to so many rows exact search is quick enough, and nothing is gained by another index."""
@@ -110,14 +112,14 @@ def estimated_bytes(factory: str, rows: int, dim: int) -> int:
 
 
 def _bytes(index: faiss.Index, rows: int) -> float:
-    index = faiss.downcast_index(index)
+    index = whole = downcast(index)
     if isinstance(index, faiss.IndexRefine):
         return _bytes(index.base_index, rows) + _bytes(index.refine_index, rows)
     if isinstance(index, faiss.IndexPreTransform):
         turned = index.index.d
         return 4 * index.d * (turned + 1) + _bytes(index.index, rows)
     if isinstance(index, faiss.IndexHNSW):
-        links = index.hnsw.nb_neighbors(1)
+        links = whole.hnsw.nb_neighbors(1)
         above = links / (links - 1)
         return rows * (4 + 8 + 4 * (2 * links + above)) + _bytes(index.storage, rows)
     if isinstance(index, faiss.IndexIVF):
@@ -129,10 +131,10 @@ def _bytes(index: faiss.Index, rows: int) -> float:
         return held + _bytes(index.quantizer, lists) + _books(index)
     if isinstance(index, faiss.IndexFastScan):
         rows = math.ceil(rows / _FASTSCAN_ROWS) * _FASTSCAN_ROWS
-    return rows * index.code_size + _books(index)
+    return rows * whole.code_size + _books(whole)
 
 
-def _books(index: faiss.Index) -> float:
+def _books(index: Any) -> float:
     """Bytes of the trained tables of a quantiser."""
     if hasattr(index, "pq"):
         return 4.0 * index.pq.M * index.pq.ksub * index.pq.dsub

@@ -228,7 +228,7 @@ def measured_costs(
     query = np.ones(table.card.dim, np.float32)
     started = time.perf_counter()
     block = next(iter(blocks(table, modality)))
-    block @ query
+    np.matmul(block, query)
     scanned = time.perf_counter() - started
     drawn = generator.integers(table.rows, size=min(1000, table.rows))
     started = time.perf_counter()

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -75,7 +76,7 @@ def tune(
 
 def knob_grids(index: faiss.Index) -> dict[str, list[int]]:
     """The knobs that an index has, the one of its refinement last, and what to try for each."""
-    index = faiss.downcast_index(index)
+    index = downcast(index)
     if isinstance(index, faiss.IndexPreTransform):
         return knob_grids(index.index)
     if isinstance(index, faiss.IndexRefine):
@@ -86,6 +87,11 @@ def knob_grids(index: faiss.Index) -> dict[str, list[int]]:
     if isinstance(index, faiss.IndexHNSW):
         return {"efSearch": _steps(DEPTH, max(DEPTH, min(2048, index.ntotal)), _PROBES)}
     return {}
+
+
+def downcast(index: faiss.Index) -> Any:
+    """An index with all that its class has, of which FAISS's own type says little."""
+    return faiss.downcast_index(index)
 
 
 def spelled(setting: Mapping[str, int]) -> str:
