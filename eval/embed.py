@@ -188,7 +188,8 @@ class TableWriter:
         Raises:
             ValueError: There is no row, or a field has several types.
         """
-        self.done = read_parts(self.folder)
+        known = {**read_parts(self.folder), **self.done}
+        self.done = {number: known[number] for number in sorted(known)}
         parts = tuple(card.part for card in self.done.values() if card.rows)
         if not parts:
             raise ValueError(f"{self.folder}: no samples to embed")
@@ -212,6 +213,8 @@ class TableWriter:
                 if isinstance(there, dict):
                     key = next(k for k in {**there, **here} if there.get(k) != here.get(k))
                     name, there, here = f"{name}.{key}", there.get(key), here.get(key)
+                if isinstance(there, tuple):
+                    there, here = " and ".join(there), " and ".join(here)
                 raise ValueError(
                     f"{self.folder}: begun with {name} {there}, now {here}; embed into a new folder"
                 )

@@ -88,6 +88,7 @@ class _Embedding:
     def run(self) -> int:
         """Write the missing parts, then the table's card; the exit code."""
         share, done = self.share, self.writer.done
+        done.update(share.told(done)[0])  # directories of a network may be seen late
         missing = share.told([n for n in range(self.reader.parts) if n not in done])[0]
         whole = share.told(sorted(done))[0]
         share.all_or_none(lambda: self.writer.verify(whole[share.rank :: share.ranks]))
@@ -97,14 +98,17 @@ class _Embedding:
         samples = 0
         if missing:
             with StopOnSignal(together=not share.alone) as stop:
-                mine = missing[share.rank :: share.ranks]
-                samples = share.all_or_none(lambda: self._embed(mine, stop))
+                parts = missing[share.rank :: share.ranks]
+                samples = share.all_or_none(lambda: self._embed(parts, stop))
                 asked = any(share.told(stop.asked))
             if asked:
                 if share.is_main:
                     said = f"stopped; {self._so_far()}, and the same command goes on"
                     print(f"{self.config.out}: {said}", flush=True)
                 return 130
+        mine = set(missing[share.rank :: share.ranks])
+        for cards in share.told({n: card for n, card in done.items() if n in mine}):
+            done.update(cards)
         rate = sum(share.told(samples)) / (time.perf_counter() - started)
         share.all_or_none(lambda: self._finish(rate if missing else None))
         return 0
@@ -212,9 +216,10 @@ class _Embedding:
         """Judge the whole, write the report and the table's card, and say what there is."""
         if not self.share.is_main:
             return
-        out, cards = self.config.out, read_parts(self.config.out)
-        tally = self._tally(cards.values())
-        facts = [card.facts for card in cards.values()]
+        out, done = self.config.out, self.writer.done
+        cards = [done[number] for number in range(self.reader.parts)]
+        tally = self._tally(cards)
+        facts = [card.facts for card in cards]
         seconds = {stage: sum(one["seconds"][stage] for one in facts) for stage in STAGES}
         cut = sum(one["cut"] for one in facts)
         if rate is not None or not self.writer.card.complete:

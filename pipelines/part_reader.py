@@ -81,22 +81,30 @@ class PartReader:
     @contextmanager
     def pieces(self, parts: Sequence[int]) -> Iterator[Generator[Piece]]:
         """The pieces of some parts, in order; at the end of the block the threads have ended."""
-        spans = [
-            (part, range(start, min(start + self.batch_size, self.samples(part).stop)))
-            for part in parts
-            for start in self.samples(part)[:: self.batch_size]
-        ]
-        reader = self._decoder.reader
+        counts = [-(-len(self.samples(part)) // self.batch_size) for part in parts]
+        ends = np.cumsum(counts, dtype=np.int64)
+        total = int(ends[-1]) if parts else 0
+
+        def span(number: int) -> tuple[int, range]:
+            at = int(np.searchsorted(ends, number, side="right"))
+            samples = self.samples(parts[at])
+            start = samples.start + (number - int(ends[at]) + counts[at]) * self.batch_size
+            return parts[at], range(start, min(start + self.batch_size, samples.stop))
+
+        def announce(number: int) -> None:
+            if number < total:
+                _, coming = span(number)
+                reader.ahead(np.arange(coming.start, coming.stop, dtype=np.int64))
 
         def build(number: int) -> Piece:
-            for _, coming in spans[number + _ANNOUNCED : number + _ANNOUNCED + 1]:
-                reader.ahead(np.arange(coming.start, coming.stop, dtype=np.int64))
-            return self._piece(*spans[number])
+            announce(number + _ANNOUNCED)
+            return self._piece(*span(number))
 
-        for _, coming in spans[1:_ANNOUNCED]:
-            reader.ahead(np.arange(coming.start, coming.stop, dtype=np.int64))
-        workers = min(self.workers, len(spans))
-        stream = ordered_map(build, range(len(spans)), workers=workers, ahead=workers + 1)
+        reader = self._decoder.reader
+        for number in range(1, _ANNOUNCED):
+            announce(number)
+        workers = min(self.workers, total)
+        stream = ordered_map(build, range(total), workers=workers, ahead=workers + 1)
         try:
             yield stream
         finally:
