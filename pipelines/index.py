@@ -26,6 +26,9 @@ from pipelines.models import open_model
 from pipelines.schemas import IndexConfig
 from pipelines.together import ALONE, Share
 
+_PATIENCE_S = 3600.0
+"""When a condition is given up: the user's own is not a stranger's."""
+
 
 def run(config: IndexConfig) -> int:
     """Do what was asked, and say what the index reaches."""
@@ -255,7 +258,8 @@ def _ids(path: Path) -> list[int]:
 def _where(folder: Path, condition: str) -> list[int]:
     """The ids of the rows that a condition holds of."""
     opened = open_index(folder, check="sizes", memory_map=True)
-    allowed = RowFilter(opened.rows, opened.removed).allowed(condition)
+    finds = RowFilter(opened.rows, opened.removed, seconds=_PATIENCE_S)
+    allowed = finds.allowed(condition)
     if allowed is None or not len(allowed.rows):
         raise ConfigError(f"remove_where: {condition} holds of no row; nothing removed")
     return opened.rows.ids[allowed.rows].tolist()
