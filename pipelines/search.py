@@ -39,7 +39,7 @@ def run(config: SearchConfig) -> int:
         given = {name: getattr(config, name) for name in _said(config)}
         many = read_queries(config.queries, given)
         hidden = True if config.out is None else None  # the bar and the hits would mix
-        asked = tqdm(many, desc="search", unit=" queries", disable=hidden)
+        asked = iter(tqdm(many, desc="search", unit=" queries", disable=hidden))
     _write(search.answers(asked), search, config)
     return 0
 
