@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from eval.index.build import build_index
+from eval.index.describe import describe
 from eval.index.folder import open_index
 from eval.index.peers import adopt, adopt_table, kind_of
 from eval.search.searcher import Searcher
@@ -133,6 +134,7 @@ def test_an_index_without_embeddings_gives_its_own_vectors(peer, tmp_path, facto
     index = write_index(tmp_path / "peer" / "knn.index", vectors["img_emb"], factory, "")
     card = adopt(tmp_path / "peer", tmp_path / "index")
     assert card.origin["decoded"] is True
+    assert "vectors that this index decodes" in describe(card)[-1]
     assert [one.queries for one in card.reached] == ["image"]
     opened = open_index(tmp_path / "index")
     if (ivf := faiss.try_extract_index_ivf(index)) is not None:

@@ -12,6 +12,8 @@ from fastapi.testclient import TestClient
 from pairs_corpus import encoded, picture, tiny_model, write_pairs
 
 from align.bundle import save
+from eval.index.build import build_index
+from eval.table import EmbeddingTable
 from pipelines.cli import VERBS, parse
 from pipelines.serve.answers import Service
 from pipelines.serve.app import application
@@ -35,8 +37,10 @@ def service(tmp_path_factory) -> Iterator[Service]:
         write_pairs(root / f"data-{hand}", hand=hand)
         places = (f"{root}/data-{hand}", f"{root}/table-{hand}")
         run("embed", f"{root}/bundle", *places, "rows=[image,text]")
-        run("index", f"{root}/table-{hand}", f"{root}/{hand}", "factory=Flat")
-    run("index", f"{root}/table-one", f"{root}/words", "factory=Flat", "modality=text")
+        table = EmbeddingTable(root / f"table-{hand}", check="sizes")
+        build_index(table, root / hand, factory="Flat", query_count=4)
+        if hand == "one":
+            build_index(table, root / "words", factory="Flat", modality="text", query_count=4)
     yield from served(root)
 
 

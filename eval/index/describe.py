@@ -31,6 +31,8 @@ def describe(card: IndexCard) -> list[str]:
         lines.append(_row(one.queries, [_percent(figure) for figure in one.against_exact]))
         if one.own_pair:
             lines[-1] += "".join(f"{_percent(_ten(one.own_pair[how])):>18}" for how in _HOW)
+    if card.origin.get("decoded"):
+        lines.append("measured against the vectors that this index decodes: it came without others")
     return [*(line for line in lines if line), *_notes(card)]
 
 
