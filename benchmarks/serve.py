@@ -51,7 +51,7 @@ from shards.sources import Record
 
 K = 24
 _BOUNDARY = "benchmark"
-_HEAD = b"POST /api/search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+_HEAD = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def world(cache: Path) -> Path:

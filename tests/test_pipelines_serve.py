@@ -271,6 +271,26 @@ def test_what_an_index_says_of_itself(live):
     assert live.get(one["sample"][3]["picture"]).status_code == 200
 
 
+@pytest.mark.slow
+def test_rows_that_are_fused_are_asked_with_their_head(world, tmp_path):
+    bundle = world / "bundle"
+    table = f"{tmp_path}/table"
+    run(
+        "embed",
+        f"{bundle}",
+        f"{world}/data-one",
+        table,
+        "rows=[fused]",
+        f"head={bundle}/heads/late",
+    )
+    run("index", table, f"{tmp_path}/fused", "modality=fused")
+    with serving(world, indexes={"fused": tmp_path / "fused", "one": world / "one"}) as live:
+        terms = [{"image": ENCODED}, {"text": "blue"}]
+        fused = live.ask(index="fused", terms=terms)
+        assert fused["query"] == live.ask(index="one", terms=terms, head="late")["query"]
+        assert fused["query"] != live.ask(index="one", terms=terms)["query"]
+
+
 # --- what is refused, with the server alive after it ---
 
 
@@ -322,6 +342,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown row", {"terms": [{"id": 10_000}]}, 404, "no such row"),
     ("huge row", {"terms": [{"id": 10**30}]}, 404, "no such row"),
     ("wide row", {"terms": [{"id": 2**62}]}, 404, "no such row"),
+    ("deep variety", {"diversity": 0.5, "offset": 990, "k": 20}, 400, "at most"),
+    ("deep collapse", {"collapse": 0.9, "offset": 9000}, 400, "at most"),
+    ("odd diversity", {"diversity": 7}, 400, "diversity"),
     ("unknown head", {"head": "late?"}, 400, "known: late"),
     ("head without picture", {"head": "late"}, 400, "one picture and one text"),
     ("not base64", {"terms": [{"image": "###"}]}, 400, "base64"),
@@ -461,7 +484,7 @@ def test_no_path_leads_out(target, live):
 
 def test_what_is_no_http_is_a_400(live):
     assert status_of(live.raw(b"\x16\x03\x01 hello\r\n\r\n")) == 400
-    long = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n"
+    long = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n"
     assert status_of(live.raw(long)) == 400
     assert live.is_alive()
 
@@ -478,7 +501,7 @@ def test_an_upload_of_50_mb_is_refused_before_it_is_read(live):
     form = live.post("api/search", data={"query": json.dumps(GOOD)}, files=files)
     assert form.status_code == 413
     assert time.perf_counter() - started < 60
-    head = b"POST /api/search HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n"
+    head = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000000\r\n"
     assert status_of(live.raw(head + b"Expect: 100-continue\r\n\r\n")) == 413
     assert live.is_alive()
 
@@ -528,7 +551,7 @@ def test_1000_requests_at_once_are_answered_or_told_to_come_back(world):
         assert live.is_alive()
 
 
-HEAD = b"POST /api/search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_a_slow_client_is_not_waited_for(world):
@@ -541,7 +564,7 @@ def test_a_slow_client_is_not_waited_for(world):
         body = [HEAD + b"Content-Length: 99\r\n\r\n", *[b" "] * 20]
         assert status_of(live.raw(*body, pause=0.1)) == 408, "a body, a byte at a time"
         with socket.create_connection(live.place) as client:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET ")
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET ")
             answer = read_all(client)
         assert status_of(answer) == 200
         assert b"408" in answer, "the second request of a connection has its time, too"
@@ -553,7 +576,7 @@ def test_who_does_not_read_is_dropped(world):
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(live.place)
-            request = b"GET /api/indexes HTTP/1.1\r\nHost: x\r\n\r\n"
+            request = b"GET /api/indexes HTTP/1.1\r\nHost: localhost\r\n\r\n"
             for _ in range(1000):
                 try:
                     client.settimeout(0.5)
@@ -578,7 +601,7 @@ def was_reset(client: socket.socket) -> bool:
 
 
 def test_too_many_connections_are_closed(world):
-    with serving(world, max_waiting=2) as live:
+    with serving(world, max_connections=4) as live:
         idle = [socket.create_connection(live.place, timeout=20) for _ in range(4)]
         try:
             assert status_of(live.raw(b"")) == 503
@@ -772,6 +795,30 @@ def test_a_browser_shows_the_token_once(guarded):
 def test_an_upload_without_the_token_is_not_read(guarded):
     answer = guarded.raw(HEAD + b"Content-Length: 1000\r\nConnection: close\r\n\r\n")
     assert status_of(answer) == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:80", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_a_name_of_elsewhere_leads_nowhere(host, status, live):
+    request = f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    assert status_of(live.raw(request.encode())) == status
+
+
+def test_names_may_be_given(world, guarded):
+    request = b"GET /health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+    assert status_of(guarded.raw(request % b"any.example")) == 200, "the token protects it"
+    with serving(world, hosts=["search.example"]) as live:
+        assert status_of(live.raw(request % b"Search.Example:8000")) == 200
+        assert status_of(live.raw(request % b"other.example")) == 403
+        assert live.is_alive()
 
 
 # --- pictures, page, state ---

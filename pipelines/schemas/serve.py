@@ -30,6 +30,11 @@ class ServeConfig(Config):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen at; 0.0.0.0 = all.")
     port: int = Field(default=8000, ge=0, lt=65_536, description="0 = any that is free.")
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="Names in the address by which clients may call it; [] = any, but localhost\n"
+        "alone where it listens there and wants no token.",
+    )
     token: str | None = Field(
         default=None, min_length=1, description="What clients must know; null = open to all."
     )
@@ -42,6 +47,9 @@ class ServeConfig(Config):
     max_batch: PositiveInt = Field(default=32, description="Queries in one encoder call.")
     max_waiting: PositiveInt = Field(
         default=1024, description="Requests under way; more are told to come back (503)."
+    )
+    max_connections: PositiveInt = Field(
+        default=4096, description="Open at a time, idle ones too; more are closed (503)."
     )
     max_body_mb: PositiveFloat = Field(default=20.0, description="Size of a request, in MB.")
     max_pixels: PositiveInt = Field(default=64_000_000, description="Of a picture that is sent.")

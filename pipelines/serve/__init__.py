@@ -15,6 +15,7 @@ page/            the page
 
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def run(config: ServeConfig) -> int:
     """Serve until a signal ends it: Ctrl-C (130) or SIGTERM (0)."""
     token = read_token(config)
+    _allow_files(config.max_connections + 200)
     with listening(config.host, config.port) as door:
         served = prepare(config, token)
         is_open = token is None and not _is_loopback(door)
@@ -46,6 +48,14 @@ def run(config: ServeConfig) -> int:
     return 0
 
 
+def _allow_files(count: int) -> None:
+    """A connection is an open file, and many systems begin with 1,024 of these."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def _tell(served: "Prepared", place: str, *, is_open: bool) -> None:
     """Say where the page is, once it can be opened."""
     indexes = served.service.indexes.values()
@@ -54,6 +64,9 @@ def _tell(served: "Prepared", place: str, *, is_open: bool) -> None:
     if is_open:
         line = "no token: open to all who reach this machine (token=... or token_file=...)"
         print(f"align serve: {line}", file=sys.stderr, flush=True)
+
+
+_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
 @dataclass(frozen=True)
@@ -106,18 +119,26 @@ def prepare(config: ServeConfig, token: str | None) -> Prepared:
     service = Service(indexes, limits=limits, metrics=metrics, threads=threads)
     service.warm_up()
     settings = uvicorn.Config(
-        application(service, token=token),
-        http=limited(read_seconds=limits.read_seconds, most=2 * limits.waiting),
+        application(service, token=token, hosts=_names(config, token)),
+        http=limited(read_seconds=limits.read_seconds, most=config.max_connections),
         ws="none",
         lifespan="off",
         log_level="critical",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         backlog=2048,
         timeout_keep_alive=20,
         timeout_graceful_shutdown=5,
     )
     return Prepared(Server(settings), service)
+
+
+def _names(config: ServeConfig, token: str | None) -> list[str] | None:
+    """What the server may be called: anything, unless it is for this machine alone."""
+    if config.hosts:
+        return [*config.hosts, *_LOCAL]
+    return [*_LOCAL] if token is None and config.host in _LOCAL else None
 
 
 def read_token(config: ServeConfig) -> str | None:

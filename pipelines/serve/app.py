@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata, resources
 from typing import Any
 
@@ -70,12 +70,15 @@ class _Json(Response):
         return json_bytes(content)
 
 
-def application(service: Service, *, token: str | None = None) -> Gate:
+def application(
+    service: Service, *, token: str | None = None, hosts: Collection[str] | None = None
+) -> Gate:
     """The whole server as an ASGI application.
 
     Args:
         service: What answers.
         token: What clients must know; None = it is open to all.
+        hosts: Names that the server may be called by; None = any.
     """
     app = FastAPI(
         title="align serve",
@@ -99,6 +102,7 @@ def application(service: Service, *, token: str | None = None) -> Gate:
         metrics=service.metrics,
         token=token,
         open_paths={*pages, "/health", "/api/login"},
+        hosts=hosts,
     )
 
 

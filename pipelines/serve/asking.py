@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.config import ConfigError
-from pipelines.queries import Query, Term
+from pipelines.queries import Query, Term, picture_and_text
 from pipelines.serve.indexes import ServedIndex
 from pipelines.serve.limits import Limits, Refused
 from shards import decode
@@ -50,7 +50,9 @@ class Asked(_Asked):
     index: str | None = Field(default=None, description="Name of an index; null if it is the one.")
     terms: list[AskedTerm] = Field(description="What to look for; weights are added up.")
     head: str | None = Field(
-        default=None, description="A fusion head, for one picture and one text; null = their sum."
+        default=None,
+        description="A fusion head, for one picture and one text; null = the one that fused the "
+        "rows, else their sum.",
     )
     k: int = Field(default=24, description="How many hits.")
     offset: int = Field(default=0, description="How many hits to pass over.")
@@ -81,6 +83,8 @@ def read_asked(body: bytes | str, limits: Limits) -> Asked:
         raise Refused(400, f"k: from 1 to {limits.k}, not {asked.k}")
     if not 0 <= asked.offset <= limits.offset:
         raise Refused(400, f"offset: from 0 to {limits.offset}, not {asked.offset}")
+    if (asked.collapse is not None or asked.diversity) and asked.offset + asked.k > limits.varied:
+        raise Refused(400, f"with collapse or diversity there are {limits.varied} hits at most")
     if len(asked.terms) > limits.terms:
         raise Refused(400, f"terms: at most {limits.terms}, not {len(asked.terms)}")
     texts = [asked.where, *(term.text for term in asked.terms)]
@@ -130,7 +134,8 @@ def query_of(
                 value = served.searcher.rows.vectors(rows_of([term.id], served))[0]
                 ids.append(term.id)
         terms.append(Term(value, term.weight))
-    query = Query(tuple(terms), asked.head)
+    own = served.own_head if picture_and_text(terms) else None
+    query = Query(tuple(terms), asked.head or own)
     try:
         served.encoder.encoder.check(query)
     except ConfigError as error:
@@ -145,7 +150,7 @@ def rows_of(ids: list[int], served: ServedIndex) -> np.ndarray:
         Refused: The index does not hold one of them.
     """
     known = [one for one in ids if -(2**63) <= one < 2**63]
-    rows = served.searcher.rows.places(np.array(known, np.int64))
+    rows = served.searcher.places(np.array(known, np.int64))
     if len(known) < len(ids) or (rows < 0).any():
         raise Refused(404, f"index {served.name} has no such row; ids are those of its answers")
     return rows

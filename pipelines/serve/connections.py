@@ -9,7 +9,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_LINGER = 2.0
+_LINGER = 5.0
 """Seconds for a client to read why its connection is closed."""
 
 

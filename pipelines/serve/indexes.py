@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align.fusion.head import FusionHead
-from align.fusion.store import load_head
+from align.fusion.store import head_fingerprint, load_head
 from eval.search.searcher import Searcher
 from pipelines.config import ConfigError
 from pipelines.heads import heads_of
@@ -31,6 +31,7 @@ class ServedIndex:
         encoder: Makes vectors of words and pictures; indexes of one model share it.
         pictures: The pictures of its rows, by id.
         has_pictures: Whether one was there when the server began.
+        own_head: The fusion head that its rows were made with, where they are fused.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ServedIndex:
     encoder: Batcher
     pictures: IndexPictures
     has_pictures: bool
+    own_head: str | None = None
 
     @property
     def heads(self) -> list[str]:
@@ -49,6 +51,7 @@ class ServedIndex:
         searcher, card = self.searcher, self.searcher.card
         steps = np.linspace(0, len(searcher.ids) - 1, min(_SAMPLE, len(searcher.ids)))
         ids = np.unique(searcher.ids[steps.astype(np.int64)])
+        ids = ids[searcher.places(ids) >= 0]  # removed rows are shown no more
         return {
             "name": self.name,
             "modality": card.modality,
@@ -129,8 +132,15 @@ def open_indexes(
                 metrics=metrics,
             )
         pictures = IndexPictures(searcher.card.sources)
-        there = _is_there(pictures, searcher)
-        served[name] = ServedIndex(name, searcher, encoders[one.fingerprint], pictures, there)
+        encoder = encoders[one.fingerprint]
+        served[name] = ServedIndex(
+            name,
+            searcher,
+            encoder,
+            pictures,
+            _is_there(pictures, searcher),
+            _own_head(searcher, encoder.encoder, one.fingerprint),
+        )
     metrics.watch_queue(lambda: sum(encoder.waiting for encoder in encoders.values()))
     return served
 
@@ -144,6 +154,28 @@ def _heads(folder: Path | None, model: OpenModel) -> dict[str, FusionHead]:
     if not places:
         raise ConfigError(f"heads: {folder} holds no fusion head; train some with align fuse")
     return {place.name: load_head(place, towers=model.fingerprint) for place in places}
+
+
+def _own_head(searcher: Searcher, encoder: QueryEncoder, towers: str) -> str | None:
+    """The name of the head that fused the rows, which the encoder is given; None where none did.
+
+    Raises:
+        ConfigError: It is no longer there, or another one lies in its place.
+    """
+    card = searcher.card
+    place = card.origin.get("head") if card.modality == "fused" else None
+    if place is None:
+        return None
+    if not Path(place).is_dir() or head_fingerprint(place) != card.fingerprints.get("head"):
+        raise ConfigError(
+            f"the rows of an index were fused by the head in {place}, which is no longer there; "
+            "embed and index again"
+        )
+    # Folders of different heads may have one name.
+    name = f"{Path(place).name}-{card.fingerprints['head'][:8]}"
+    if name not in encoder.heads:
+        encoder.heads[name] = load_head(place, towers=towers)
+    return name
 
 
 def _is_there(pictures: IndexPictures, searcher: Searcher) -> bool:

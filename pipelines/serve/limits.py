@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -20,6 +21,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 COOKIE = "align_token"
 FAULT = "something went wrong in the server"
+_PORT = re.compile(r":\d+$")
 _DRAIN_SECONDS = 5.0
 _BODIES = 16
 """So many bodies of the largest size are held in memory at most."""
@@ -46,6 +48,8 @@ class Limits:
         pixels: Width times height of a picture that is sent.
         k: Hits of one answer.
         offset: Hits before the first one of an answer.
+        varied: Offset and hits together, where hits are compared with each other (collapse,
+            diversity): that takes time with their square.
         terms: Parts of a query.
         text: Characters of a text, and of an SQL expression.
         waiting: Requests under way.
@@ -57,6 +61,7 @@ class Limits:
     pixels: int = 64_000_000
     k: int = 1000
     offset: int = 10_000
+    varied: int = 1000
     terms: int = 16
     text: int = 4000
     waiting: int = 1024
@@ -101,6 +106,8 @@ class Gate:
         metrics: Counts requests.
         token: What clients must know; None = nothing.
         open_paths: Paths that need no token.
+        hosts: Names that the server may be called by; None = any. A page from elsewhere that has
+            its own name point at this machine (DNS rebinding) is told nothing.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Gate:
         metrics: Metrics,
         token: str | None = None,
         open_paths: Collection[str] = (),
+        hosts: Collection[str] | None = None,
     ) -> None:
         self.app = app
         self.limits = limits
@@ -118,6 +126,7 @@ class Gate:
         self._token = token.encode() if token else None
         self._cookie = cookie_of(token).encode() if token else None
         self._open = frozenset(open_paths)
+        self._hosts = None if hosts is None else frozenset(one.lower() for one in hosts)
         self._under_way = 0
         self._body_bytes = 0
 
@@ -150,6 +159,8 @@ class Gate:
         headers = dict(scope["headers"])
         if self._under_way > self.limits.waiting and scope["path"] != "/health":
             raise busy()
+        if self._hosts is not None:
+            self._check_host(headers)
         if self._token is not None and scope["path"] not in self._open:
             self._check_token(headers)
         body = await self._body(headers, receive, answer)
@@ -173,6 +184,16 @@ class Gate:
         if not hmac.compare_digest(shown, self._cookie):
             raise Refused(
                 401, "this server wants its token", headers={"www-authenticate": "Bearer"}
+            )
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        assert self._hosts is not None
+        given = headers.get(b"host", b"").decode("latin-1").lower()
+        name = given.rpartition(":")[0] if _PORT.search(given) else given
+        if name not in self._hosts:
+            known = ", ".join(sorted(self._hosts))
+            raise Refused(
+                403, f"this server is called {known}; for other names start it with hosts or token"
             )
 
     async def _body(
