@@ -32,8 +32,10 @@ def load(folder: Path | str, client: "QdrantClient | str", collection: str) -> i
         FileNotFoundError: The folder holds no such files.
         ValueError: The collection exists, ids are negative, or rows did not arrive.
     """
-    from qdrant_client import QdrantClient, models
-
+    try:
+        from qdrant_client import QdrantClient, models
+    except ModuleNotFoundError as error:
+        raise ValueError("qdrant-client is not installed: pip install qdrant-client") from error
     paths = sorted(Path(folder).glob("rows/*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no rows/*.parquet in it; export with export=parquet")
