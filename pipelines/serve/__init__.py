@@ -40,10 +40,11 @@ def run(config: ServeConfig) -> int:
         is_open = token is None and not _is_loopback(door)
         served.server.ready = lambda: _tell(served, address(door), is_open=is_open)
         # Uvicorn stops at a signal and then raises it again.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             served.server.run(sockets=[door])
         finally:
+            signal.signal(signal.SIGTERM, before)
             served.service.close()
     return 0
 
