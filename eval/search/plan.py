@@ -151,9 +151,8 @@ class Planner:
             ask = self._engine.selected if plan == "selector" else self._engine.overfetched
             candidates = ask(some, k, allowed, effort)
             best = self._ranked(some, k, *candidates)
-            steady = (best[1] >= 0).all(axis=1)
-            with np.errstate(invalid="ignore"):  # lists that are still short end with infinity
-                steady &= (np.abs(best[0] - scores[waiting]) < _SAME).all(axis=1)
+            with np.errstate(invalid="ignore"):  # a short list ends with infinity: never the same
+                steady = (np.abs(best[0] - scores[waiting]) < _SAME).all(axis=1)
             steady |= np.count_nonzero(candidates[1] >= 0, axis=1) == allowed.count
             scores[waiting], rows[waiting] = best
             waiting = waiting[~steady]
