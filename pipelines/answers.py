@@ -55,7 +55,7 @@ class Answer:
         """As JSON values: what was asked, and what was found."""
         query = self.asked.query
         return {
-            "query": query.model_dump(mode="json", exclude_unset=True),
+            "query": query.model_dump(mode="json", exclude_defaults=True),
             "k": query.k,
             "matching": self.matching,
             "plan": self.plan,

@@ -56,7 +56,7 @@ class Search:
     """
 
     def __init__(self, config: SearchConfig) -> None:
-        self.searcher = Searcher(config.index, check=config.check)
+        self.searcher = Searcher(config.index, check=config.check, memory_map=config.memory_map)
         self._config = config
 
     @cached_property

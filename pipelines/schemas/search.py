@@ -118,6 +118,9 @@ class SearchConfig(QueryConfig):
         default="sha256",
         description="On opening the index, read all its files, or only compare counts (quick).",
     )
+    memory_map: bool = Field(
+        default=False, description="Leave the FAISS index on disk: one larger than the memory."
+    )
     queries: Path | None = Field(
         default=None,
         description="Many queries: .txt (a text a line), .jsonl (the keys above), .csv, .parquet\n"
