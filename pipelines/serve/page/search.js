@@ -54,9 +54,9 @@ export function request(search, { k, offset }) {
   const whole = search.head && fusable(search) && b > 0 && b < 1;
   for (const one of b < 1 ? pictures : []) {
     const weight = (1 - b) / pictures.length;
-    if (one.vector && !whole) body.terms.push({ vector: one.vector, weight });
-    else if (one.file) body.terms.push({ upload: sent.push(one) - 1, weight });
-    else body.terms.push({ id: one.id, weight });
+    if (!whole && one.id !== undefined) body.terms.push({ id: one.id, weight });
+    else if (!whole && one.vector) body.terms.push({ vector: one.vector, weight });
+    else body.terms.push({ upload: sent.push(one) - 1, weight });
   }
   if (sought && b > 0) body.terms.push({ text: sought, weight: b });
   for (const words of avoided) body.terms.push({ text: words, weight: -AVOIDING });
@@ -77,7 +77,8 @@ export function encode(search) {
   if (mixed(search)) {
     put("balance", String(search.balance), "0.5");
     put("head", search.head, "");
-    if (search.head) put("fused", search.fused || search.answered || "", "");
+    const gone = search.pictures.some((one) => one.id === undefined); // a link has only its vector
+    if (search.head && gone) put("fused", search.fused || search.answered || "", "");
   }
   if (Object.keys(search.fields).length) parts.append("fields", JSON.stringify(search.fields));
   put("where", search.where.trim(), "");
