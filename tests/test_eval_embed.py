@@ -87,6 +87,9 @@ def test_rows_come_back_at_unit_length_and_in_order(tmp_path, dtype):
         found = table.vectors(modality)
         assert np.abs(found - expected).max() < (1e-3 if dtype == "float16" else 1e-6)
         assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-6)
+        stored = np.concatenate([np.load(path) for path in table.vector_paths(modality)])
+        assert stored.dtype == dtype
+        assert np.linalg.norm(stored.astype(np.float32), axis=1) == pytest.approx(1, abs=1e-3)
         some = np.array([22, 0, 10, 9, 10])
         assert np.array_equal(table.vectors(modality, some), found[some])
     metadata = table.metadata()
