@@ -22,7 +22,6 @@ from eval.search.filters import RowFilter
 from eval.table import EmbeddingTable
 from pipelines import run_folder
 from pipelines.config import ConfigError
-from pipelines.models import open_model
 from pipelines.schemas import IndexConfig
 from pipelines.together import ALONE, Share
 
@@ -126,6 +125,8 @@ def _adopted(config: IndexConfig, progress: Progress) -> IndexCard:
 def _model(config: IndexConfig) -> tuple[str, dict[str, str]]:
     if config.model is None:
         return "", {}
+    from pipelines.models import open_model  # slow to import, and seldom asked for
+
     opened = open_model(config.model)
     return opened.fingerprint, {"model": opened.place}
 
