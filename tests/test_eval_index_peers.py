@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from eval.index.build import build_index
+from eval.index.change import compact, remove
 from eval.index.describe import describe
 from eval.index.folder import open_index
 from eval.index.peers import adopt, adopt_table, kind_of
@@ -109,6 +110,18 @@ def test_their_index_answers_as_it_did_there(peer, tmp_path):
     assert found.rows[3][0]["caption"] == f"caption {rows[3, 0]}"
     assert found.rows[3][0]["width"] == rows[3, 0]
     assert card.origin["model"] == "place"
+
+
+def test_what_was_adopted_can_be_changed(peer, tmp_path):
+    root, vectors = peer
+    adopt(root / "index", tmp_path / "index", embeddings=root / "emb")
+    remove(tmp_path / "index", [100])
+    card = compact(tmp_path / "index")
+    assert (card.rows, card.removed, card.factory) == (ROWS - 1, 0, "HNSW8")
+    assert {one.queries for one in card.reached} == {"text", "image", "fused"}
+    assert card.reached_by("text").at_10.count > 0
+    found = Searcher(tmp_path / "index").search(vectors["img_emb"][[99, 101]], 1)
+    assert [rows[0]["caption"] for rows in found.rows] == ["caption 99", "caption 101"]
 
 
 def test_the_text_index_of_the_same_folder(peer, tmp_path):

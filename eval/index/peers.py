@@ -23,6 +23,7 @@ import numpy as np
 from faiss.contrib.factory_tools import reverse_index_factory
 
 from align.folders import whole_folder
+from eval.index.asked import keep_queries
 from eval.index.build import Progress, finished, refuse_strangers
 from eval.index.card import IndexCard
 from eval.index.folder import (
@@ -192,6 +193,7 @@ def adopt(
             fingerprints={"model": model_fingerprint},
             sources=(source,),
             lists_file=None if lists is None else _LISTS,
+            queries_file=keep_queries(facts.asked, beside),
         )
         card = with_checksums(card, beside)
         card.save(beside)
