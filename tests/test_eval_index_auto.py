@@ -271,3 +271,22 @@ def test_the_card_as_lines(table, tmp_path):
     assert "own pair" in lines[3]
     assert set(card.costs) == {"query_s", "exact_row_s", "fetch_row_s"}
     assert all(seconds > 0 for seconds in card.costs.values())
+
+
+def test_the_pilot_spares_what_cannot_reach_the_target(table):
+    tried = []
+
+    def train(dim, factory, vectors):
+        tried.append(factory)
+        return trained(dim, factory, vectors)
+
+    sample, asked = table.vectors("image"), table.vectors("text")[:100]
+    found = candidates(1_000_000, DIM, max_bytes=36_000_000)
+    assert len(found) > 8
+    best = choose.piloted(found, sample, asked, 1.0, train)
+    assert len(best) == 1
+    assert best[0].codes == "SQ8"
+    assert tried == ["SQ8", "RR32,RaBitQfs3", "OPQ8_32,PQ8x4fs"]
+    passed = choose.piloted(found, sample, asked, 0.3, train)
+    assert passed == found[: len(passed)]
+    assert len(passed) == 3

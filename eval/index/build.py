@@ -120,7 +120,11 @@ def build_index(
     generator = np.random.default_rng(seed)
     started = time.perf_counter()
     training = training_vectors(table, modality, count=train_rows, generator=generator)
+    if progress:
+        progress("exact answers", 0, 1)
     drawn = draw_queries(table, modality, count=query_count, generator=generator)
+    if progress:
+        progress("exact answers", 1, 1)
     asked = drawn[kind_asked(drawn, modality, queries)].some(TUNING)
     aim = Aim(target_recall, max_bytes, knobs)
     if factory == "auto":

@@ -1,6 +1,7 @@
 """Choosing a FAISS factory string: by rows, width, memory and recall, tried on a sample."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ GRAPH_LISTS = 16_384
 PILOT_ROWS, PILOT_QUERIES = 16_384, 200
 _ID = 8
 _FASTSCAN_ROWS = 32
+
+
+Train = Callable[[int, str, ndarray], faiss.Index]
+"""Makes an empty, trained index of a width, a factory string and vectors."""
 
 
 @dataclass(frozen=True)
@@ -148,45 +153,56 @@ def piloted(
     sample: Float32[ndarray, "some dim"],
     asked: Float32[ndarray, "queries dim"],
     target_recall: float,
-    train: Callable[[int, str, ndarray], faiss.Index],
+    train: Train,
 ) -> list[Candidate]:
-    """The candidates in the order in which to build them, as a pilot on a sample of rows advises.
+    """The candidates worth building, the quickest first, as a pilot on a sample of rows advises.
 
     The codes of each, without lists, hold the sample; recall@10 against exact search in the sample
-    is the most that they can reach. First come those that reach the target, the quickest first,
-    then the others by recall.
+    is about the most that they can reach. Those that reach the target are worth building, and where
+    none does, the one with the highest recall. Codes that fail spare their coarser siblings.
 
     Args:
         found: The quickest first.
         sample: Vectors of the table.
         asked: Queries of the kind that will be asked.
         target_recall: Recall@10 that is asked for.
-        train: Makes an empty, trained index, as :func:`eval.index.build.trained`.
+        train: Makes an empty, trained index, as :func:`eval.index.train.trained`.
     """
     exact = faiss.IndexFlatIP(sample.shape[1])
     exact.add(sample)
-    depth = min(10, len(sample))
-    best = exact.search(asked, depth)[1]
-    passed, failed = [], []
+    best = exact.search(asked, min(10, len(sample)))[1]
+    recalls: dict[str, float] = {}
+    failed: dict[str, float] = {}
+    passed = []
     for candidate in found:
-        if candidate.codes in ("Flat", "HNSW32"):
+        codes, kind = candidate.codes, re.sub(r"\d+", "", candidate.codes)
+        if kind in failed:
+            continue
+        if codes not in recalls:
+            recalls[codes] = _pilot_recall(codes, sample, asked, best, train)
+        if recalls[codes] >= target_recall:
             passed.append(candidate)
         else:
-            index = train(sample.shape[1], candidate.codes, sample)
-            index.add(sample)
-            if isinstance(index, faiss.IndexRefine):
-                index.k_factor = 32.0
-            rows = index.search(asked, depth)[1]
-            recall = float(np.mean((rows[:, :, None] == best[:, None, :]).any(axis=1)))
-            if recall >= target_recall:
-                passed.append(candidate)
-            else:
-                failed.append((recall, candidate))
+            failed[kind] = recalls[codes]
         if len(passed) == _ENOUGH:
-            return passed
-    failed.sort(key=lambda pair: -pair[0])
-    return [*passed, *(candidate for _, candidate in failed)]
+            break
+    if passed:
+        return passed
+    return [max((one for one in found if one.codes in recalls), key=lambda one: recalls[one.codes])]
+
+
+def _pilot_recall(
+    codes: str, sample: ndarray, asked: ndarray, best: ndarray, train: Train
+) -> float:
+    if codes in ("Flat", "HNSW32"):
+        return 1.0
+    index = train(sample.shape[1], codes, sample)
+    index.add(sample)
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = 32.0
+    rows = index.search(asked, best.shape[1])[1]
+    return float(np.mean((rows[:, :, None] == best[:, None, :]).any(axis=1)))
 
 
 _ENOUGH = 3
-"""So many that pass the pilot are tried at most."""
+"""So many that pass the pilot are worth building."""
