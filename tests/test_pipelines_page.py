@@ -275,7 +275,9 @@ def test_the_button_for_what_to_avoid_writes_the_minus(visitor):
 
 @in_browser
 def test_what_is_typed_last_wins_over_an_answer_that_comes_late(visitor, site):
-    page, held = visitor.page, []
+    page, held, ended = visitor.page, [], []
+    for event in ("requestfinished", "requestfailed"):
+        page.on(event, lambda one: ended.append(one.post_data))
     page.route("**/api/search", lambda one: one.continue_() if held else held.append(one))
     page.fill("#words", "yellow bar")
     visitor.until("location.hash.includes('yellow')")
@@ -284,6 +286,8 @@ def test_what_is_typed_last_wins_over_an_answer_that_comes_late(visitor, site):
     asked = visitor.type("green dot")
     with suppress(Exception):  # it was given up
         held[0].continue_()
+    while not any("yellow" in (data or "") for data in ended):
+        page.wait_for_timeout(20)
     page.wait_for_timeout(200)
     assert visitor.ids == hits_of(visitor, site, asked)
     assert "yellow" not in page.url
