@@ -19,6 +19,8 @@ _PROBES = 1.41
 _SECONDS = 0.1
 """How long one timing of one setting lasts, about."""
 _ROUNDS = 3
+_IDLE, _PATIENCE = 0.0005, 2
+"""So many strides in turn that gain less recall end a search for the least step."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def tune(
     """Find the fastest setting whose recall@10 against exact search reaches a target.
 
     Recall and cost rise with every knob. Of each refine factor the least `nprobe` (or `efSearch`)
-    that reaches the target is found by bisection; the fastest of these pairs wins, timed at one
+    that reaches the target is found; the fastest of these pairs wins, timed at one
     thread in turns. A setting reaches the target when its mean recall less one standard error
     does, so that it holds on queries which were not seen here. Where none does, the one with the
     highest mean wins, the fastest of equals.
@@ -203,10 +205,21 @@ def _frontier(trial: _Trial, grids: Mapping[str, list[int]]) -> Iterable[Mapping
 
 
 def _least(trial: _Trial, fixed: Mapping[str, int], name: str, steps: list[int]) -> int | None:
-    """Place of the first step that reaches the target, by bisection; None where the last fails."""
-    low, high = 0, len(steps) - 1
-    if not trial.reaches({name: steps[high], **fixed}):
-        return None
+    """Place of the first step that reaches the target; None where none does.
+
+    Upwards in doubling strides, since the cost rises with the step, then by bisection. Where two
+    strides running bring nothing, the rest will not either.
+    """
+    low, high, idle = 0, 0, 0
+    while not trial.reaches({name: steps[high], **fixed}):
+        if high == len(steps) - 1:
+            return None
+        before = trial.recall({name: steps[high], **fixed})[0]
+        low, high = high + 1, min(high + 2, len(steps) - 1)
+        gain = trial.recall({name: steps[high], **fixed})[0] - before
+        idle = idle + 1 if gain < _IDLE else 0
+        if idle == _PATIENCE and not trial.reaches({name: steps[high], **fixed}):
+            return None
     while low < high:
         middle = (low + high) // 2
         if trial.reaches({name: steps[middle], **fixed}):
