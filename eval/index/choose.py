@@ -77,6 +77,7 @@ def _ladder(rows: int, dim: int) -> list[tuple[str, str, str]]:
     graph = [("", "", "HNSW32")] if dim < GRAPH_DIM and rows <= GRAPH_ROWS else []
     short = [("", lists, "Flat")] if dim < GRAPH_DIM and lists else []
     refined = [(turn, lists, f"RaBitQfs,Refine({last})") for last in ("SQ8", "SQfp16")]
+    whole = [] if short else [("", lists, "Flat")]  # reaches any target, slowly
     bits = [(turn, lists, f"RaBitQfs{count}") for count in (8, 7, 6, 5, 4, 3, 2)]
     plain = [(turn, "", f"RaBitQfs{count}") for count in (7, 6, 5, 4, 3, 2)] if lists else []
     scalars = [("", "", name) for name in ("SQ8", "SQ6", "SQ4")]
@@ -86,7 +87,7 @@ def _ladder(rows: int, dim: int) -> list[tuple[str, str, str]]:
     ]
     if rows <= FLAT_ROWS:
         return exact + scalars + bits + ones + products
-    return graph + short + refined + bits + scalars + plain + ones + products
+    return graph + short + refined + whole + bits + scalars + plain + ones + products
 
 
 def _product_parts(dim: int) -> list[int]:
