@@ -36,6 +36,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.kill
+	$(BIN)/python -m benchmarks.embed
+	$(BIN)/python -m benchmarks.index
+	$(BIN)/python -m benchmarks.serve
 
 setup: $(READY)
 
