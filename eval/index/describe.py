@@ -26,11 +26,11 @@ def describe(card: IndexCard) -> list[str]:
     ]
     own = any(one.own_pair for one in card.reached)
     if own:
-        lines[-1] += f"{'own pair, exact':>18}{'this index':>18}"
+        lines[-1] += f"{'own pair, exact':>24}{'this index':>24}"
     for one in card.reached:
         lines.append(_row(one.queries, [_percent(figure) for figure in one.against_exact]))
         if one.own_pair:
-            lines[-1] += "".join(f"{_percent(_ten(one.own_pair[how])):>18}" for how in _HOW)
+            lines[-1] += "".join(f"{_percent(_ten(one.own_pair[how])):>24}" for how in _HOW)
     if card.origin.get("decoded"):
         lines.append("measured against the vectors that this index decodes: it came without others")
     return [*(line for line in lines if line), *_notes(card)]
@@ -60,7 +60,7 @@ def _notes(card: IndexCard) -> list[str]:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:8}" + "".join(f"{cell:>22}" for cell in cells)
+    return f"{name:8}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 def _percent(figure: Figure) -> str:
