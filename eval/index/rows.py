@@ -104,12 +104,16 @@ class IndexRows:
 
     def metadata(self, rows: Int64[ndarray, " some"]) -> list[dict[str, Any]]:
         """The metadata of these rows, in this order; a field that a row lacks is None."""
-        found = []
+        found: list[dict[str, Any]] = [{}] * len(rows)
         sources = np.searchsorted(self._first, rows, side="right") - 1
-        for row, source in zip(rows.tolist(), sources.tolist(), strict=True):
-            one = self._metadata[source].row(row - int(self._first[source]))
-            one["id"] = int(self.ids[row])
-            found.append({name: one.get(name) for name in self._columns})
+        for source in np.unique(sources):
+            here = np.flatnonzero(sources == source)
+            known = self._metadata[source].rows(rows[here] - self._first[source])
+            if len(self._metadata) > 1:
+                known = [{name: one.get(name) for name in self._columns} for one in known]
+            for place, one in zip(here, known, strict=True):
+                one["id"] = int(self.ids[rows[place]])
+                found[place] = one
         return found
 
     @cached_property
@@ -188,17 +192,25 @@ class _Batches:
         if sum(sizes) != rows:
             raise ValueError(f"{path}: metadata of {sum(sizes)} rows, not of {rows}")
 
-    def row(self, row: int) -> dict[str, Any]:
-        """The fields of one row."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
+    def rows(self, rows: Int64[ndarray, " some"]) -> list[dict[str, Any]]:
+        """The fields of these rows, in this order; each batch among them is asked once."""
+        found: list[dict[str, Any]] = [{}] * len(rows)
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            batch = self._batch(int(number))
+            places = rows[here] - self._ends[number] + batch.num_rows
+            taken = batch.take(pa.array(places))
+            values = zip(*(column.to_pylist() for column in taken.columns), strict=True)
+            for place, one in zip(here, values, strict=True):
+                found[place] = dict(zip(taken.schema.names, one, strict=True))
+        return found
+
+    def _batch(self, number: int) -> pa.RecordBatch:
         batch = self._opened.get(number)
         if batch is None:
             batch = self._opened[number] = self._file.get_batch(number)
-        place = row - int(self._ends[number]) + batch.num_rows
-        return {
-            name: column[place].as_py()
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
+        return batch
 
     def table(self) -> pa.Table:
         """All rows."""
