@@ -181,7 +181,7 @@ def piloted(
             continue
         if codes not in recalls:
             recalls[codes] = _pilot_recall(codes, sample, asked, best, train)
-        if recalls[codes] >= target_recall:
+        if recalls[codes] >= target_recall - _DOUBT:
             passed.append(candidate)
         else:
             failed[kind] = recalls[codes]
@@ -200,10 +200,12 @@ def _pilot_recall(
     index = train(sample.shape[1], codes, sample)
     index.add(sample)
     if isinstance(index, faiss.IndexRefine):
-        index.k_factor = 32.0
+        index.k_factor = max(1.0, min(256.0, len(sample) / best.shape[1]))  # as tuning may
     rows = index.search(asked, best.shape[1])[1]
     return float(np.mean((rows[:, :, None] == best[:, None, :]).any(axis=1)))
 
 
+_DOUBT = 0.01
+"""So far below the target the pilot may be, by its few queries, of codes that reach it."""
 _ENOUGH = 3
 """So many that pass the pilot are worth building."""

@@ -1,5 +1,6 @@
 """Search knobs: the fastest setting of an index that finds what was asked of it."""
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,8 @@ _PROBES = 1.41
 _SECONDS = 0.1
 """How long one timing of one setting lasts, about."""
 _ROUNDS = 3
+_SLACK = 1.3
+"""A setting may take so much longer than another, timed once, and be the faster one in truth."""
 _IDLE, _PATIENCE = 0.0005, 2
 """So many strides in turn that gain less recall end a search for the least step."""
 
@@ -123,6 +126,7 @@ class _Trial:
         self.index, self.table, self.modality = index, table, modality
         self.queries, self.target = queries, target
         self._known: dict[str, tuple[Mapping[str, int], float, float]] = {}
+        self._pace: dict[str, float] = {}
         ivf = faiss.try_extract_index_ivf(index)
         self._graph_over_lists = bool(ivf) and isinstance(
             faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW
@@ -144,7 +148,9 @@ class _Trial:
         if key not in self._known:
             self.set(setting)
             depth = min(DEPTH, self.queries.rows.shape[1])
+            started = time.perf_counter()
             found = found_by(self.index, self.queries, depth)
+            self._pace[key] = (time.perf_counter() - started) / max(1, len(found))
             each = shares(found, self.queries, self.table, self.modality, depth)
             mean = float(each.mean()) if depth else 1.0
             error = float(each.std()) / len(each) ** 0.5 if depth else 0.0
@@ -153,6 +159,10 @@ class _Trial:
 
     def reaches(self, setting: Mapping[str, int]) -> bool:
         return self.recall(setting)[1] >= self.target
+
+    def pace(self, setting: Mapping[str, int]) -> float:
+        """Seconds a query, timed once, of a setting whose recall is known."""
+        return self._pace[spelled(setting)]
 
     def best(self) -> list[Mapping[str, int]]:
         """The settings tried whose mean recall is highest; equal within a tenth of a point."""
@@ -186,7 +196,11 @@ def _timed(index: faiss.Index, vectors: np.ndarray) -> float:
 
 
 def _frontier(trial: _Trial, grids: Mapping[str, list[int]]) -> Iterable[Mapping[str, int]]:
-    """For each value of the last knob the least of the first that reaches the target."""
+    """For each value of the last knob the least of the first that reaches the target.
+
+    From the largest value of the last knob down: a smaller one needs no fewer steps of the first,
+    and where these alone take longer than the best so far, all that follow do as well.
+    """
     *first, (last, values) = grids.items()
     if not first:
         least = _least(trial, {}, last, values)
@@ -194,28 +208,45 @@ def _frontier(trial: _Trial, grids: Mapping[str, list[int]]) -> Iterable[Mapping
             yield {last: values[least]}
         return
     name, steps = first[0]
-    most = len(steps)
-    for value in values:  # a larger refine factor never needs more probes
-        least = _least(trial, {last: value}, name, steps[:most])
-        if least is not None:
-            yield {name: steps[least], last: value}
-            most = least + 1
-            if least == 0:
-                return
+    least, fastest = 0, math.inf
+    for value in reversed(values):
+        found = _least(trial, {last: value}, name, steps, start=least, limit=_SLACK * fastest)
+        if found is None:
+            return
+        setting = {name: steps[found], last: value}
+        yield setting
+        least, fastest = found, min(fastest, trial.pace(setting))
 
 
-def _least(trial: _Trial, fixed: Mapping[str, int], name: str, steps: list[int]) -> int | None:
+def _least(
+    trial: _Trial,
+    fixed: Mapping[str, int],
+    name: str,
+    steps: list[int],
+    *,
+    start: int = 0,
+    limit: float = math.inf,
+) -> int | None:
     """Place of the first step that reaches the target; None where none does.
 
     Upwards in doubling strides, since the cost rises with the step, then by bisection. Where two
-    strides running bring nothing, the rest will not either.
+    strides running bring nothing, or a step takes longer than the limit, the rest is left out.
+
+    Args:
+        trial: The index.
+        fixed: The other knobs.
+        name: The knob.
+        steps: Its values, ascending.
+        start: Place of the first one to try.
+        limit: Seconds a query.
     """
-    low, high, idle = 0, 0, 0
+    low, high, stride, idle = start, start, 1, 0
     while not trial.reaches({name: steps[high], **fixed}):
-        if high == len(steps) - 1:
+        setting = {name: steps[high], **fixed}
+        if high == len(steps) - 1 or trial.pace(setting) > limit:
             return None
-        before = trial.recall({name: steps[high], **fixed})[0]
-        low, high = high + 1, min(high + 2, len(steps) - 1)
+        before = trial.recall(setting)[0]
+        low, high, stride = high + 1, min(high + stride, len(steps) - 1), 2
         gain = trial.recall({name: steps[high], **fixed})[0] - before
         idle = idle + 1 if gain < _IDLE else 0
         if idle == _PATIENCE and not trial.reaches({name: steps[high], **fixed}):
@@ -226,4 +257,4 @@ def _least(trial: _Trial, fixed: Mapping[str, int], name: str, steps: list[int])
             high = middle
         else:
             low = middle + 1
-    return low
+    return None if trial.pace({name: steps[low], **fixed}) > limit else low
