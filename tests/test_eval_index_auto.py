@@ -269,7 +269,7 @@ def test_the_card_as_lines(table, tmp_path):
     assert "queries a second at 1 thread" in lines[2]
     assert [line.split()[0] for line in lines[3:]] == ["queries", "text", "image", "fused"]
     assert "own pair" in lines[3]
-    assert set(card.costs) == {"query_s", "exact_row_s", "fetch_row_s"}
+    assert set(card.costs) == {"query_s", "exact_row_s"}
     assert all(seconds > 0 for seconds in card.costs.values())
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import faiss
@@ -13,7 +13,7 @@ from numpy import ndarray
 from align.folders import whole_folder
 from eval.index.asked import keep_queries
 from eval.index.blocks import blocks
-from eval.index.card import IndexCard, Reached, Speed
+from eval.index.card import IndexCard, Reached, Source, Speed
 from eval.index.choose import (
     PILOT_QUERIES,
     PILOT_ROWS,
@@ -24,6 +24,7 @@ from eval.index.choose import (
 )
 from eval.index.folder import faiss_call, set_knobs, take_rows, with_checksums, write_faiss
 from eval.index.recall import Queries, draw_queries, measured_costs, reached, speed
+from eval.index.rows import IndexRows
 from eval.index.train import Progress, trained, training_vectors
 from eval.index.tune import Tuned, tune
 from eval.table import EmbeddingTable
@@ -58,9 +59,9 @@ class Measured:
         knobs: The search parameters, set on the index.
         tuned_for: The kind of queries they were tuned on; None where they were given.
         target_recall: What was tuned for; None where knobs were given.
+        modality: Which embeddings are in it.
         reached: By kind of query, on queries that tuning has not seen.
         speed: At one thread and at all.
-        costs: Seconds, for the planner of filtered search.
         tune_seconds: What tuning took, its exact answers included.
         asked: The queries of `reached`.
     """
@@ -68,9 +69,9 @@ class Measured:
     knobs: str
     tuned_for: str | None
     target_recall: float | None
+    modality: str
     reached: tuple[Reached, ...]
     speed: tuple[Speed, ...]
-    costs: dict[str, float]
     tune_seconds: float
     asked: dict[str, Queries]
 
@@ -141,29 +142,58 @@ def build_index(
     with whole_folder(out) as folder:
         digest = write_faiss(index, folder / "index.faiss")
         source = take_rows(table, modality, folder, number=0, first_id=0, first_part=0)
-        card = IndexCard(
-            factory=factory,
-            knobs=facts.knobs,
-            tuned_for=facts.tuned_for,
-            target_recall=facts.target_recall,
-            modality=modality,
-            rows=table.rows,
-            removed=0,
-            dim=table.card.dim,
-            bytes_per_vector=(folder / "index.faiss").stat().st_size / table.rows,
-            build_seconds=seconds + facts.tune_seconds,
-            reached=facts.reached,
-            speed=facts.speed,
-            costs=facts.costs,
-            fingerprints={k: v for k, v in table.card.fingerprints.items() if k != "data"},
-            sources=(source,),
-            queries_file=keep_queries(facts.asked, folder),
-            files={"index.faiss": digest},
+        size = (folder / "index.faiss").stat().st_size
+        card = card_of(
+            table, source, facts, folder, index, factory=factory, size=size, seconds=seconds
         )
+        card = replace(card, files={"index.faiss": digest})
         _check_size(card, max_bytes)
         card = with_checksums(card, folder)
         card.save(folder)
     return card
+
+
+def card_of(
+    table: EmbeddingTable,
+    source: Source,
+    facts: Measured,
+    folder: Path,
+    index: faiss.Index,
+    *,
+    factory: str,
+    size: int,
+    seconds: float,
+) -> IndexCard:
+    """The card of a new index over one table, whose queries are written into its folder.
+
+    Args:
+        table: The one.
+        source: Its rows as they lie in the folder.
+        facts: Of the index after tuning.
+        folder: The index folder.
+        index: The FAISS index.
+        factory: Its factory string.
+        size: Bytes of it on disk.
+        seconds: Before tuning.
+    """
+    return IndexCard(
+        factory=factory,
+        knobs=facts.knobs,
+        tuned_for=facts.tuned_for,
+        target_recall=facts.target_recall,
+        modality=facts.modality,
+        rows=table.rows,
+        removed=0,
+        dim=table.card.dim,
+        bytes_per_vector=size / table.rows,
+        build_seconds=seconds + facts.tune_seconds,
+        reached=facts.reached,
+        speed=facts.speed,
+        costs=measured_costs(IndexRows(folder, (source,), index), facts.speed),
+        fingerprints={k: v for k, v in table.card.fingerprints.items() if k != "data"},
+        sources=(source,),
+        queries_file=keep_queries(facts.asked, folder),
+    )
 
 
 def add_parts(
@@ -247,9 +277,9 @@ def finished(
         knobs=tuned.knobs if tuned else knobs,
         tuned_for=kind if tuned else None,
         target_recall=target_recall if tuned else None,
+        modality=modality,
         reached=reach,
         speed=measured,
-        costs=measured_costs(table, modality, measured, np.random.default_rng(seed)),
         tune_seconds=tune_seconds,
         asked=held_out,
     )

@@ -93,7 +93,8 @@ class IndexCard:
         removed: How many of them no search may find any more.
         dim: Length of a vector.
         bytes_per_vector: Size of the FAISS index by row.
-        build_seconds: Choosing, training, adding and tuning, without measuring.
+        build_seconds: Choosing, training, adding and tuning, without measuring; of an index built
+            in shares, those of all shares together.
         reached: By kind of query.
         speed: At one thread, and at all.
         costs: Seconds, measured when it was built: what the planner of filtered search weighs.

@@ -33,7 +33,7 @@ from eval.index.folder import (
     write_arrow,
     write_faiss,
 )
-from eval.index.partial import relisted
+from eval.index.lists import relisted
 from eval.index.recall import draw_queries
 from eval.index.rows import IndexRows, mapped
 from eval.table import EmbeddingTable, unified_schema

@@ -260,7 +260,7 @@ def commit(card: IndexCard, folder: Path) -> IndexCard:
 
 
 _OURS = re.compile(
-    r"(index|lists|removed|queries|rows|ids)(-\d+)?\.(faiss|ivfdata|npy|npz|arrow)"
+    r"(index|lists|removed|queries|rows|ids|share)(-\d+)?\.(faiss|ivfdata|npy|npz|arrow)"
     r"|(image|img|text|fused)_emb_\d+\.npy|metadata_\d+\.parquet|index\.json\.writing"
 )
 """Names of files that we write in an index folder."""

@@ -8,34 +8,31 @@ those that one process would have made: a share's rows follow those of the share
     OUT.partial/plan.json      what is built, and which parts each share has
     OUT.partial/trained.faiss  trained and empty
     OUT.partial/share-0.faiss  the first share: there when it is whole
+    OUT.partial/share-0.json   how many seconds it took
 
 After a kill the same call goes on with the shares that are there. Processes on several machines
 need the folder on a file system that all of them see.
 """
 
-import ctypes
+import json
 import math
-import os
+import re
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-from jaxtyping import Float32
-from numpy import ndarray
 
-from align.folders import flush, whole_folder
+from align.folders import whole_folder
 from eval.cards import read_card, write_card
-from eval.index.asked import keep_queries
 from eval.index.blocks import blocks
 from eval.index.build import (
     Progress,
+    card_of,
     finished,
     refuse_strangers,
     trained,
@@ -43,11 +40,9 @@ from eval.index.build import (
 )
 from eval.index.card import IndexCard
 from eval.index.folder import faiss_call, read_faiss, take_rows, with_checksums, write_faiss
+from eval.index.lists import SHARE_ROWS, add_numbered, size_of, write_lists
 from eval.index.recall import Queries, draw_queries
 from eval.table import EmbeddingTable
-
-SHARE_ROWS = 500_000
-"""Rows of a share at most, unless a single part of the table has more."""
 
 _VERSION = 1
 
@@ -144,7 +139,8 @@ def prepared(
         progress: Told of long work.
 
     Raises:
-        ValueError: The kind cannot be built in shares, or FAISS refuses to train it.
+        ValueError: The kind cannot be built in shares, FAISS refuses to train it, or the folder
+            for the shares holds something else.
     """
     out = Path(out)
     refuse_strangers(out)
@@ -166,7 +162,7 @@ def prepared(
     found = _plan(work)
     if found and replace(found, train_seconds=0.0, shares=()) == replace(wanted, shares=()):
         return found
-    shutil.rmtree(work, ignore_errors=True)
+    _clear(work)
     work.mkdir(parents=True)
     started = time.perf_counter()
     generator = np.random.default_rng(seed)
@@ -197,21 +193,16 @@ def build_share(
     path = work / f"share-{number}.faiss"
     if path.exists():
         return
+    started = time.perf_counter()
     index = read_faiss(work / "trained.faiss")
     first, last = plan.shares[number]
     rows = np.cumsum([0, *(part.rows for part in table.card.parts)])
     place = int(rows[first])
     for block in blocks(table, plan.modality, range(first, last)):
-        place = _add(index, block, place)
+        place = add_numbered(index, block, place)
         _tell(progress, "add", place - int(rows[first]), int(rows[last] - rows[first]))
+    (work / f"share-{number}.json").write_text(json.dumps(time.perf_counter() - started))
     _write_beside(index, path)
-
-
-def _add(index: faiss.Index, block: Float32[ndarray, "rows dim"], first: int) -> int:
-    """Add vectors whose row numbers begin at `first`; return the number behind the last."""
-    numbers = np.arange(first, first + len(block))
-    faiss_call("index", lambda: index.add_with_ids(block, numbers))
-    return first + len(block)
 
 
 def merged(
@@ -252,6 +243,7 @@ def merged(
         _tell(progress, "merge", 1, 1)
         index = read_faiss(folder / "index.faiss", lists="lists-0.ivfdata")
         seconds = plan.train_seconds + time.perf_counter() - started
+        seconds += sum(json.loads(name.with_suffix(".json").read_text()) for name in names)
         facts = finished(
             index,
             table,
@@ -263,29 +255,14 @@ def merged(
             progress=progress,
         )
         source = take_rows(table, plan.modality, folder, number=0, first_id=0, first_part=0)
-        card = IndexCard(
-            factory=plan.factory,
-            knobs=facts.knobs,
-            tuned_for=facts.tuned_for,
-            target_recall=facts.target_recall,
-            modality=plan.modality,
-            rows=table.rows,
-            removed=0,
-            dim=table.card.dim,
-            bytes_per_vector=_bytes(folder, "index.faiss", "lists-0.ivfdata") / table.rows,
-            build_seconds=seconds + facts.tune_seconds,
-            reached=facts.reached,
-            speed=facts.speed,
-            costs=facts.costs,
-            fingerprints={k: v for k, v in table.card.fingerprints.items() if k != "data"},
-            sources=(source,),
-            lists_file="lists-0.ivfdata",
-            queries_file=keep_queries(facts.asked, folder),
-            files={"index.faiss": digest},
+        size = size_of(folder, "index.faiss", "lists-0.ivfdata")
+        card = card_of(
+            table, source, facts, folder, index, factory=plan.factory, size=size, seconds=seconds
         )
+        card = replace(card, lists_file="lists-0.ivfdata", files={"index.faiss": digest})
         card = with_checksums(card, folder)
         card.save(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    _clear(work)
     return card
 
 
@@ -334,141 +311,6 @@ def build_in_shares(
     return merged(table, out, plan, progress=progress, **tuning)
 
 
-def relisted(
-    card: IndexCard,
-    folder: Path,
-    vectors: Iterable[Float32[ndarray, "_ dim"]],
-    *,
-    behind: faiss.Index | None,
-    share_rows: int = SHARE_ROWS,
-) -> tuple[IndexCard, faiss.Index]:
-    """New lists on disk for a changed index, and the card that names them.
-
-    Args:
-        card: As it will be, but for its FAISS files, which are those before.
-        folder: The index folder.
-        vectors: Of the rows, in order.
-        behind: The index whose rows these follow; None where they are all that there is.
-        share_rows: So many are in memory at once.
-
-    Raises:
-        OSError: The disk has no room for them.
-    """
-    before = card.index_file, card.lists_file
-    work = work_folder(folder)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    names, place = [], behind.ntotal if behind else 0
-    for share in _gathered(vectors, share_rows):
-        index = emptied(read_faiss(folder / before[0], lists=before[1]))
-        for block in share:
-            place = _add(index, block, place)
-        names.append(work / f"share-{len(names)}.faiss")
-        write_faiss(index, names[-1])
-    pieces = [*([] if behind is None else [behind])]
-    pieces += [read_faiss(name, memory_map=True) for name in names]
-    index_file, lists_file = f"index-{card.generation}.faiss", f"lists-{card.generation}.ivfdata"
-    empty = emptied(read_faiss(folder / before[0], lists=before[1]))
-    digest = write_lists(empty, pieces, folder, index_file, lists_file)
-    del pieces
-    shutil.rmtree(work, ignore_errors=True)
-    card = replace(
-        card,
-        index_file=index_file,
-        lists_file=lists_file,
-        bytes_per_vector=_bytes(folder, index_file, lists_file) / card.rows,
-        files={**card.files, index_file: digest},
-    )
-    return card, read_faiss(folder / index_file, lists=lists_file)
-
-
-def emptied(index: faiss.Index) -> faiss.Index:
-    """An index with lists on disk, without its rows: trained, its lists new and in memory."""
-    ivf = faiss.extract_index_ivf(index)
-    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()  # pyright: ignore[reportAttributeAccessIssue]
-    ivf.ntotal = index.ntotal = 0
-    return index
-
-
-def write_lists(
-    empty: faiss.Index,
-    pieces: list[faiss.Index],
-    folder: Path,
-    index_file: str,
-    lists_file: str,
-) -> str:
-    """Write the lists of all pieces, one behind the other, and the index that refers to them.
-
-    The index names its lists without a folder, so that both can be moved together. Each piece has
-    the row numbers of the whole: FAISS 1.15 can count them on from piece to piece, but does it
-    wrongly where pieces differ in size.
-
-    Returns:
-        SHA-256 of the index file.
-
-    Raises:
-        OSError: The disk has no room: FAISS maps the file, and would be killed by the system.
-    """
-    ivf = faiss.extract_index_ivf(empty)
-    rows = sum(piece.ntotal for piece in pieces)
-    need = rows * (ivf.code_size + 8)
-    free = shutil.disk_usage(folder).free
-    if need > 0.98 * free:
-        raise OSError(28, f"No space left on device ({need:,} bytes, {free:,} free)", str(folder))
-    path = folder / lists_file
-    vector = faiss.InvertedListsPtrVector()  # pyright: ignore[reportAttributeAccessIssue]
-    for piece in pieces:
-        vector.push_back(faiss.extract_index_ivf(piece).invlists)
-    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(path))
-    with _silent():
-        faiss_call(f"{path}", lambda: lists.merge_from_multiple(vector.data(), vector.size()))
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()  # pyright: ignore[reportAttributeAccessIssue]
-    ivf.ntotal = empty.ntotal = rows
-    lists.filename = lists_file
-    digest = write_faiss(empty, folder / index_file)
-    lists.filename = str(path)
-    flush(path)
-    return digest
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Standard output goes nowhere: FAISS says on it what size a file of lists takes."""
-    sys.stdout.flush()
-    libc = ctypes.CDLL(None)
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _gathered(blocks: Iterable[ndarray], rows: int) -> Iterator[Iterable[ndarray]]:
-    """Runs of blocks, each of about as many rows; blocks are not held."""
-    source = iter(blocks)
-    for first in source:
-
-        def run(first: ndarray = first) -> Iterator[ndarray]:
-            count = len(first)
-            yield first
-            while count < rows:
-                block = next(source, None)
-                if block is None:
-                    return
-                count += len(block)
-                yield block
-
-        yield run()
-
-
 def _shares(rows: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Ranges of parts of at most `limit` rows together, or of one part."""
     start, count = 0, 0
@@ -494,6 +336,27 @@ def _plan(work: Path) -> Plan | None:
         return None
 
 
+_OURS = re.compile(r"(plan\.json|trained\.faiss|share-\d+\.(faiss|json))(\.writing)?")
+"""Names of files that we write in a folder of shares."""
+
+
+def _clear(work: Path) -> None:
+    """Remove a folder of shares.
+
+    Raises:
+        ValueError: Something in it is not ours; nothing is removed.
+    """
+    others = [path for path in work.glob("*") if not _OURS.fullmatch(path.name)]
+    if others or (work.exists() and not work.is_dir()):
+        found = others[0] if others else work
+        raise ValueError(
+            f"{found}: not of an index built in shares, for which {work.name} is needed; move it "
+            "away, or choose another folder for the index"
+        )
+    if work.exists():
+        shutil.rmtree(work)
+
+
 def _read_plan(value: dict[str, Any]) -> Plan:
     return Plan(**{**value, "shares": tuple((first, last) for first, last in value["shares"])})
 
@@ -502,10 +365,6 @@ def _write_beside(index: faiss.Index, path: Path) -> None:
     beside = path.with_name(path.name + ".writing")
     write_faiss(index, beside)
     beside.replace(path)
-
-
-def _bytes(folder: Path, *names: str) -> int:
-    return sum((folder / name).stat().st_size for name in names)
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -23,8 +23,7 @@ import numpy as np
 from faiss.contrib.factory_tools import reverse_index_factory
 
 from align.folders import whole_folder
-from eval.index.asked import keep_queries
-from eval.index.build import Progress, finished, refuse_strangers
+from eval.index.build import Progress, card_of, finished, refuse_strangers
 from eval.index.card import IndexCard
 from eval.index.folder import (
     faiss_call,
@@ -176,24 +175,17 @@ def adopt(
         else:
             link(path.resolve(), beside / "index.faiss")
         shutil.rmtree(work)
-        card = IndexCard(
-            factory=factory,
-            knobs=facts.knobs,
+        card = card_of(
+            table, source, facts, beside, index, factory=factory, size=_bytes(path, lists),
+            seconds=0.0,
+        )  # fmt: skip
+        card = replace(
+            card,
             tuned_for=facts.tuned_for if target_recall else None,
             target_recall=target_recall,
-            modality=modality,
-            rows=table.rows,
-            removed=0,
-            dim=index.d,
-            bytes_per_vector=_bytes(path, lists) / table.rows,
             build_seconds=0.0,
-            reached=facts.reached,
-            speed=facts.speed,
-            costs=facts.costs,
             fingerprints={"model": model_fingerprint},
-            sources=(source,),
             lists_file=None if lists is None else _LISTS,
-            queries_file=keep_queries(facts.asked, beside),
         )
         card = with_checksums(card, beside)
         card.save(beside)
