@@ -12,23 +12,22 @@ texts have one encoder. `use_safety_model`, `use_violence_detector`, `aesthetic_
 theirs is one of this server.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from pipelines.config import ConfigError
 from pipelines.queries import Query, Term
 from pipelines.serve.answers import Service
-from pipelines.serve.asking import base64_bytes, json_bytes, picture_of, rows_of, unreadable
+from pipelines.serve.asking import base64_bytes, json_bytes, picture_of, read_json, rows_of
 from pipelines.serve.indexes import ServedIndex
 from pipelines.serve.limits import Limits, Refused
 
 DUPLICATE = 0.94
 """Rows with this cosine are one to `deduplicate`; clip-retrieval's own figure."""
 
-Asked = TypeVar("Asked", bound=BaseModel)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -63,17 +62,18 @@ def knn_router(service: Service) -> APIRouter:
     @router.post("/knn-service", response_model=None, openapi_extra=_body(KnnAsked))
     async def knn(request: Request) -> Response:
         """Rows that are most like a text, a picture or an embedding."""
-        asked = _read(KnnAsked, await request.body())
+        asked = read_json(KnnAsked, await request.body(), service.limits)
         return _answer(await _hits(service, asked, str(request.base_url)))
 
     @router.post("/metadata", response_model=None, openapi_extra=_body(MetadataAsked))
     async def metadata(request: Request) -> Response:
         """The metadata of rows."""
-        asked = _read(MetadataAsked, await request.body())
+        asked = read_json(MetadataAsked, await request.body(), service.limits)
         if len(asked.ids) > service.limits.k:
             raise Refused(400, f"ids: at most {service.limits.k}, not {len(asked.ids)}")
         served = service.index(asked.indice_name)
-        rows = served.searcher.rows.metadata(rows_of(asked.ids, served))
+        found = rows_of(asked.ids, served)
+        rows = await service.apart(served.searcher.rows.metadata, found)
         url = str(request.base_url)
         return _answer([{"id": row["id"], "metadata": _metadata(row, served, url)} for row in rows])
 
@@ -144,7 +144,8 @@ def _query(asked: KnnAsked, served: ServedIndex, limits: Limits) -> Query:
     elif asked.image_url:
         raise Refused(400, "image_url: this server fetches no URLs; send the picture as `image`")
     elif asked.embedding_input:
-        term = Term(np.array(asked.embedding_input, np.float32))
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+            term = Term(np.array(asked.embedding_input, np.float32))
     else:
         raise Refused(400, "give one of text, image and embedding_input")
     query = Query((term,))
@@ -161,14 +162,6 @@ def _metadata(row: dict[str, Any], served: ServedIndex, url: str) -> dict[str, A
     if served.has_pictures and not found.get("url"):
         found["url"] = url.rstrip("/") + served.picture(row["id"])
     return found
-
-
-def _read(schema: type[Asked], body: bytes) -> Asked:
-    """Read a body, whatever type its headers tell: their client sends none."""
-    try:
-        return schema.model_validate_json(body)
-    except ValidationError as error:
-        raise unreadable(error) from None
 
 
 def _body(schema: type[BaseModel]) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def test_names_and_modalities(client, service):
         ({"image": "aGVsbG8="}, 415, "no picture"),
         ({"embedding_input": [1.0, 2.0]}, 400, "vector"),
         ({"embedding_input": [0.0] * 16}, 400, "vector"),
+        ({"embedding_input": [1e39] * 16}, 400, "vector"),
         ({"embedding_input": ["x"]}, 422, "embedding_input"),
     ],
 )

@@ -30,12 +30,13 @@ from align.bundle import fingerprint, save
 from align.fusion import fusion_head
 from align.fusion.store import save_head
 from eval.search.searcher import Searcher
+from pipelines import knn_service
 from pipelines.cli import VERBS, main, parse
 from pipelines.config import ConfigError, build
 from pipelines.pictures import IndexPictures
 from pipelines.queries import Query, QueryEncoder, Term
 from pipelines.schemas import ServeConfig
-from pipelines.serve import address, listening, prepare, read_token
+from pipelines.serve import address, app, asking, listening, prepare, read_token
 from pipelines.serve import run as run_server
 from pipelines.serve.answers import Service
 from pipelines.serve.asking import json_bytes, vector_text
@@ -343,6 +344,13 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("wide row", {"terms": [{"id": 2**62}]}, 404, "no such row"),
     ("deep variety", {"diversity": 0.5, "offset": 990, "k": 20}, 400, "at most"),
     ("deep collapse", {"collapse": 0.9, "offset": 9000}, 400, "at most"),
+    ("score of no cosine", {"min_score": 5}, 400, "from -1 to 1"),
+    ("score below all", {"min_score": -1.01}, 400, "from -1 to 1"),
+    ("many values", {"fields": {"colour": ["x"] * 2000}}, 400, "2,000 fields and values"),
+    ("many fields", {"fields": {f"f{n}": 1 for n in range(2001)}}, 400, "2,000 fields and values"),
+    ("many within", {"fields": {"colour": {"min": [[1] * 999, [2] * 999]}}}, 400, "2,000 fields"),
+    ("long value", {"fields": {"colour": ["x" * 5000]}}, 400, "4000 characters"),
+    ("long field", {"fields": {"x" * 5000: 1}}, 400, "4000 characters"),
     ("odd diversity", {"diversity": 7}, 400, "diversity"),
     ("unknown head", {"head": "late?"}, 400, "known: late"),
     ("head without picture", {"head": "late"}, 400, "one picture and one text"),
@@ -506,6 +514,65 @@ def test_an_upload_of_50_mb_is_refused_before_it_is_read(live):
 
 
 JSON = {"content-type": "application/json"}
+SMALL = b'{"index":"one","terms":[{"text":"a"}],"fields":{"colour":[' + b"1," * 100_000 + b"1]}}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("api/search", b'{"terms":[' + b'{"text":"a"},' * 100_001 + b"{}]}", "too many values"),
+        ("api/search", SMALL, "too many values"),
+        ("knn-service", b'{"embedding_input":[' + b"0," * 100_001 + b"0]}", "too many values"),
+        ("metadata", b'{"ids":[' + b"0," * 100_001 + b"0]}", "too many values"),
+        ("api/login", b'{"x":[' + b"0," * 100_001 + b"0]}", "too many values"),
+    ],
+)
+def test_json_of_many_values_is_not_read(path, body, said, live, monkeypatch):
+    """Reading it would hold up everyone else: a server has one thread for this."""
+    for schema in (asking.Asked, knn_service.KnnAsked, knn_service.MetadataAsked, app._Login):
+        monkeypatch.setattr(schema, "model_validate_json", None)
+    response = live.post(path, content=body, headers=JSON)
+    assert response.status_code == 400, response.text
+    assert said in response.json()["error"]
+
+
+def test_a_form_of_many_values_is_not_read(live):
+    form = {"query": SMALL.decode()}
+    response = live.post("api/search", data=form, files=[("images", ("a.png", PNG))])
+    assert response.status_code == 400
+    assert "too many values" in response.json()["error"]
+
+
+def test_as_many_values_as_allowed_are_searched_for(live):
+    colours = ["red", *(f"other {number}" for number in range(1998))]
+    found = live.ask(index="one", fields={"colour": colours}, k=48)
+    assert found["hits"] == live.ask(index="one", fields={"colour": "red"}, k=48)["hits"]
+
+
+@pytest.mark.parametrize("path", ["api/search", "knn-service", "metadata", "api/login"])
+def test_pages_from_elsewhere_may_not_ask(path, live):
+    """A browser sends what a page of anyone wants to this machine, and tells whose page it is."""
+    body = json.dumps({**GOOD, "index": "one"})
+    for origin in ("http://evil.example", "null", "", "http://evil.example:8000"):
+        response = live.post(path, content=body, headers={**JSON, "origin": origin})
+        assert response.status_code == 403, origin
+        assert "hosts" in response.json()["error"]
+    own = live.url.rstrip("/")
+    for headers in ({"origin": own}, {"origin": own.upper()}, {}):
+        response = live.post(path, content=body, headers={**JSON, **headers})
+        assert response.status_code != 403, headers
+    evil = {"origin": "http://evil.example"}
+    assert live.get("health", headers=evil).status_code == 200, "it does no work"
+
+
+def test_pages_under_a_name_of_the_server_may_ask(world, guarded):
+    """A proxy may call it by another name than its clients do."""
+    page = {**JSON, "origin": "https://search.example:8443"}
+    body = json.dumps({**GOOD, "index": "one"})
+    with serving(world, hosts=["search.example"]) as live:
+        assert live.post("api/search", content=body, headers=page).status_code == 200
+    right = {"authorization": f"Bearer {TOKEN}".encode(), **page}
+    assert guarded.post("api/search", content=body, headers=right).status_code == 403
 
 
 def test_a_body_without_a_length_is_measured_as_it_comes(live):

@@ -8,16 +8,16 @@ from typing import Any
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from pipelines.knn_service import knn_router
 from pipelines.serve.answers import Service
-from pipelines.serve.asking import Asked, AskedTerm, json_bytes, read_asked, unreadable
+from pipelines.serve.asking import Asked, AskedTerm, json_bytes, read_asked, read_json
 from pipelines.serve.docs_page import STYLE, docs_page
-from pipelines.serve.limits import COOKIE, FAULT, Gate, Refused, cookie_of
+from pipelines.serve.limits import COOKIE, FAULT, Gate, Limits, Refused, cookie_of
 from pipelines.serve.thumbnails import SIDES, Thumbnails
 
 _TYPES = {
@@ -92,7 +92,7 @@ def application(
     _add_search(app, service)
     _add_rows(app, service)
     _add_state(app, service)
-    _add_login(app, token)
+    _add_login(app, token, service.limits)
     app.include_router(knn_router(service))
     pages = _add_pages(app)
     _describe(app)
@@ -205,17 +205,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _add_login(app: FastAPI, token: str | None) -> None:
+def _add_login(app: FastAPI, token: str | None, limits: Limits) -> None:
     body = {"schema": _Login.model_json_schema(), "example": {"token": "..."}}
     extra = {"requestBody": {"required": True, "content": {"application/json": body}}}
 
     @app.post("/api/login", response_model=None, openapi_extra=extra)
     async def login(request: Request) -> Response:
         """Sets the cookie that stands for the token."""
-        try:
-            given = _Login.model_validate_json(await request.body()).token
-        except ValidationError as error:
-            raise unreadable(error) from None
+        given = read_json(_Login, await request.body(), limits).token
         if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             raise Refused(401, "this is not the token of this server")
         response = _Json({"status": "ok"})

@@ -3,7 +3,8 @@
 import base64
 import binascii
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,6 +19,7 @@ from shards import decode
 from shards.damage import BadSample, Reason
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Schema = TypeVar("Schema", bound=BaseModel)
 _TOO_LARGE = (Reason.TOO_MANY_PIXELS, Reason.TOO_MANY_BYTES)
 
 
@@ -75,18 +77,18 @@ def read_asked(body: bytes | str, limits: Limits) -> Asked:
     Raises:
         Refused: It is no JSON (400), of another form (422), or beyond a limit (400).
     """
-    try:
-        asked = Asked.model_validate_json(body)
-    except ValidationError as error:
-        raise unreadable(error) from None
+    asked = read_json(Asked, body, limits)
     if not 1 <= asked.k <= limits.k:
         raise Refused(400, f"k: from 1 to {limits.k}, not {asked.k}")
     if not 0 <= asked.offset <= limits.offset:
         raise Refused(400, f"offset: from 0 to {limits.offset}, not {asked.offset}")
     if (asked.collapse is not None or asked.diversity) and asked.offset + asked.k > limits.varied:
         raise Refused(400, f"with collapse or diversity there are {limits.varied} hits at most")
+    if asked.min_score is not None and not -1 <= asked.min_score <= 1:
+        raise Refused(400, f"min_score: a cosine, from -1 to 1, not {asked.min_score:g}")
     if len(asked.terms) > limits.terms:
         raise Refused(400, f"terms: at most {limits.terms}, not {len(asked.terms)}")
+    _check_fields(asked.fields, limits)
     texts = [asked.where, *(term.text for term in asked.terms)]
     if (longest := max(len(text or "") for text in texts)) > limits.text:
         raise Refused(400, f"a text has {longest} characters; at most {limits.text}")
@@ -98,7 +100,37 @@ def read_asked(body: bytes | str, limits: Limits) -> Asked:
     return asked
 
 
-def unreadable(error: ValidationError) -> Refused:
+def _check_fields(fields: Mapping[str, Any], limits: Limits) -> None:
+    """Each value is a part of a query to the database, which takes its time to be planned."""
+    left: list[Any] = [fields]
+    count = 0
+    while left:
+        one = left.pop()
+        if isinstance(one, dict | list):
+            count += len(one)
+            if count > limits.values:
+                raise Refused(400, f"fields: at most {limits.values:,} fields and values")
+            left += [*one, *one.values()] if isinstance(one, dict) else one
+        elif len(str(one)) > limits.text:
+            raise Refused(400, f"fields: a value has at most {limits.text} characters")
+
+
+def read_json(schema: type[Schema], body: bytes | str, limits: Limits) -> Schema:
+    """Read a body, whatever type its headers tell.
+
+    Raises:
+        Refused: It is no JSON or has too many values (400), or is of another form (422).
+    """
+    commas = body.count(b",") if isinstance(body, bytes) else body.count(",")
+    if commas > limits.commas:
+        raise Refused(400, f"the JSON has too many values; at most {limits.commas:,}")
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: ValidationError) -> Refused:
     """The answer to what does not fit a schema: 400 where it is no JSON at all, else 422."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":

@@ -22,6 +22,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 COOKIE = "align_token"
 FAULT = "something went wrong in the server"
 _PORT = re.compile(r":\d+$")
+_READING = ("GET", "HEAD", "OPTIONS")
 _DRAIN_SECONDS = 5.0
 _BODIES = 16
 """So many bodies of the largest size are held in memory at most."""
@@ -52,6 +53,9 @@ class Limits:
             diversity): that takes time with their square.
         terms: Parts of a query.
         text: Characters of a text, and of an SQL expression.
+        values: Fields and values of all filters by field together.
+        commas: In a request's JSON. They bound what is built of it before anything else is known:
+            a picture is one long text without any, and a million small values are no search.
         waiting: Requests under way.
         seconds: Until an answer is there.
         read_seconds: Until a request's headers are there, and then its body.
@@ -64,6 +68,8 @@ class Limits:
     varied: int = 1000
     terms: int = 16
     text: int = 4000
+    values: int = 2000
+    commas: int = 100_000
     waiting: int = 1024
     seconds: float = 30.0
     read_seconds: float = 15.0
@@ -107,7 +113,8 @@ class Gate:
         token: What clients must know; None = nothing.
         open_paths: Paths that need no token.
         hosts: Names that the server may be called by; None = any. A page from elsewhere that has
-            its own name point at this machine (DNS rebinding) is told nothing.
+            its own name point at this machine (DNS rebinding) is told nothing. Pages under these
+            names may also ask where a proxy gives the server another one.
     """
 
     def __init__(
@@ -161,6 +168,8 @@ class Gate:
             raise busy()
         if self._hosts is not None:
             self._check_host(headers)
+        if b"origin" in headers and scope["method"] not in _READING:
+            self._check_origin(headers)
         if self._token is not None and scope["path"] not in self._open:
             self._check_token(headers)
         body = await self._body(headers, receive, answer)
@@ -188,12 +197,23 @@ class Gate:
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         assert self._hosts is not None
-        given = headers.get(b"host", b"").decode("latin-1").lower()
-        name = given.rpartition(":")[0] if _PORT.search(given) else given
-        if name not in self._hosts:
+        if _name(headers.get(b"host", b"").decode("latin-1").lower()) not in self._hosts:
             known = ", ".join(sorted(self._hosts))
             raise Refused(
                 403, f"this server is called {known}; for other names start it with hosts or token"
+            )
+
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
+        """Browsers tell whose page sends something; programs tell nothing."""
+        origin = headers[b"origin"].decode("latin-1").lower()
+        place = origin.partition("://")[2]
+        if place and place == headers.get(b"host", b"").decode("latin-1").lower():
+            return
+        if _name(place) not in (self._hosts or ()):
+            raise Refused(
+                403,
+                f"pages of {origin[:100]!r} may not ask this server; start it with their name "
+                "in hosts",
             )
 
     async def _body(
@@ -261,6 +281,11 @@ class Gate:
         finally:
             for task in (app, hung_up):
                 task.cancel()
+
+
+def _name(place: str) -> str:
+    """A host without its port."""
+    return place.rpartition(":")[0] if _PORT.search(place) else place
 
 
 class _Answer:
