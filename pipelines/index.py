@@ -67,9 +67,11 @@ def _run(config: IndexConfig, share: Share) -> int:
 
 
 def _built(config: IndexConfig, progress: Progress) -> IndexCard:
-    if config.on_disk:
-        return _in_shares(config, ALONE, progress)
     kind = kind_of(config.table)
+    if config.on_disk:
+        if kind is not None:
+            raise ConfigError(f"on_disk: {config.table} is by another tool; leave it out")
+        return _in_shares(config, ALONE, progress)
     if config.embeddings is not None and kind != "index":
         raise ConfigError(f"embeddings: {config.table} is no index by other tools")
     if kind == "index":
@@ -138,10 +140,17 @@ def _is_for_many(config: IndexConfig, share: Share) -> bool:
     """Whether the processes build in shares; what cannot be, the first does alone."""
     if config.append or config.export or config.compact or config.remove or config.remove_where:
         return False
+    if kind_of(config.table) is not None:
+        raise ConfigError(
+            f"table: {config.table} is by another tool, and one process takes it over; leave out "
+            "accelerate launch"
+        )
     if config.on_disk or config.factory == "auto":
+        _refuse_memory(config)
         return True
     dim = EmbeddingTable(config.table, check="sizes").card.dim
     if is_mergeable(config.factory, dim):
+        _refuse_memory(config)
         return True
     if share.is_main:
         print(
@@ -149,6 +158,14 @@ def _is_for_many(config: IndexConfig, share: Share) -> bool:
             "builds it"
         )
     return False
+
+
+def _refuse_memory(config: IndexConfig) -> None:
+    if config.max_memory is not None:
+        raise ConfigError(
+            "max_memory: several processes build in shares, whose lists stay on disk, and memory "
+            "is that of share_rows; leave it out, or let one process build"
+        )
 
 
 def _build_together(config: IndexConfig, share: Share) -> None:

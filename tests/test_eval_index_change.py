@@ -14,10 +14,12 @@ import pyarrow as pa
 import pytest
 
 from eval.embed import EmbeddedRows, write_table
+from eval.index import change
 from eval.index import folder as index_folder
 from eval.index.build import build_index
 from eval.index.card import IndexCard, Speed
 from eval.index.change import append, compact, remove
+from eval.index.describe import describe
 from eval.index.folder import open_index, remove_leftovers, write_arrow, write_faiss
 from eval.index.rows import ARROW_ROWS, mapped
 from eval.search.searcher import Searcher
@@ -291,14 +293,46 @@ def test_compacting_leaves_files_without_removed_rows(built, second):
     assert card.sources[1] == before.sources[1]
     assert card.sources[0].vectors[1:] == before.sources[0].vectors[1:]
     assert card.sources[0].vectors[0] != before.sources[0].vectors[0]
-    remove(built, ids[300:])  # a source without rows keeps its ids and cannot come again
+    remove(built, ids[300:])  # a source without rows keeps its ids
     card = compact(built)
     assert (card.sources[1].rows, card.sources[1].vectors) == (0, ())
     assert card.sources[1].ids == before.sources[1].ids
     is_whole(built)
+    assert compact(built) == card
+    append(built, second)  # none of its rows are there any more
+    again = is_whole(built)
+    assert (again.rows, again.sources[2].rows) == (428, 130)
+    assert again.sources[2].first_id == card.sources[1].first_id + card.sources[1].ids
     with pytest.raises(ValueError, match="already"):
         append(built, second)
-    assert compact(built) == card
+
+
+def test_an_index_whose_measuring_queries_are_gone_is_described(first, tmp_path):
+    out = tmp_path / "index"
+    build_index(first, out, factory="Flat", query_count=40)
+    card = IndexCard.load(out)
+    right = np.load(out / str(card.queries_file))["text.right"]
+    remove(out, open_index(out).rows.ids[right])
+    card = compact(out)
+    assert {one.queries for one in card.reached} == {"image", "fused"}
+    assert "no text queries are left that measure it" in describe(card)[-1]
+
+
+def test_a_second_change_at_once_is_refused_and_harms_nothing(built, second, monkeypatch):
+    original = change.draw_queries
+
+    def meanwhile(*arguments, **options):
+        for other in (lambda: append(built, second), lambda: compact(built)):
+            with pytest.raises(ValueError, match="another process changes this index; wait"):
+                other()
+        with pytest.raises(ValueError, match="another process changes this index; wait"):
+            remove(built, [5])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(change, "draw_queries", meanwhile)
+    append(built, second)
+    assert is_whole(built).rows == 430
+    remove(built, [5])
 
 
 def test_what_is_open_goes_on(built, first, second):

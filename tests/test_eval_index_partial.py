@@ -1,5 +1,6 @@
 """Indexes in shares, their lists on disk: equal to one process's, by one, by two, after a kill."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from ranks import run_ranks
 from test_eval_index_change import make
 
-from eval.index import partial
+from eval.index import lists, partial
 from eval.index.build import build_index
 from eval.index.card import IndexCard, Speed
 from eval.index.change import append, compact, remove
@@ -163,6 +164,66 @@ def test_shares_of_another_plan_are_thrown_away(table, more, tmp_path):
         assert not list(work_folder(out).glob("share-*"))
     with pytest.raises(ValueError, match="not the table that the index is built from"):
         build_share(more, out, plan, 0)
+
+
+def test_shares_of_other_vectors_under_the_same_fingerprints_are_thrown_away(table, tmp_path):
+    out = tmp_path / "index"
+    plan = prepared(table, out, factory="IVF4,SQ8")
+    build_share(table, out, plan, 0)
+    other = make(tmp_path / "other", 410, seed=9)
+    assert other.card.fingerprints == table.card.fingerprints
+    with pytest.raises(ValueError, match="not the table that the index is built from"):
+        build_share(other, out, plan, 0)
+    prepared(other, out, factory="IVF4,SQ8")
+    assert not list(work_folder(out).glob("share-*"))
+
+
+def test_a_folder_of_others_stays(table, more, tmp_path):
+    out = tmp_path / "index"
+    work = work_folder(out)
+    work.mkdir()
+    (work / "my_file").write_text("mine")
+    (work / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"my_file: not of an index built in shares"):
+        build_in_shares(table, out, factory="IVF4,SQ8", **SMALL)
+    assert not out.exists()
+    (work / "my_file").rename(tmp_path / "my_file")
+    build_in_shares(table, out, factory="IVF4,SQ8", **SMALL)
+    plan = prepared(table, out, factory="IVF4,SQ8", seed=5)  # a build anew that was killed
+    build_share(table, out, plan, 0)
+    (tmp_path / "my_file").rename(work / "my_file")
+    kept = {path.name for path in work.iterdir()}
+    append(out, more)
+    remove(out, [5])
+    compact(out)
+    assert {path.name for path in work.iterdir()} == kept
+    assert not list(out.glob("share-*"))
+
+
+def test_a_change_that_was_killed_leaves_pieces_to_the_next(table, more, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    build_in_shares(table, out, factory="IVF4,SQ8", **SMALL)
+
+    def killed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lists, "write_lists", killed)
+    with pytest.raises(KeyboardInterrupt):
+        append(out, more)
+    assert list(out.glob("share-*"))
+    monkeypatch.undo()
+    remove(out, [5])
+    assert not list(out.glob("share-*"))
+
+
+def test_seconds_of_all_shares_are_counted(table, tmp_path):
+    out = tmp_path / "index"
+    plan = prepared(table, out, factory="IVF4,SQ8", share_rows=150)
+    for number in range(len(plan.shares)):
+        build_share(table, out, plan, number)
+        assert 0 < json.loads((work_folder(out) / f"share-{number}.json").read_text()) < 1000
+        (work_folder(out) / f"share-{number}.json").write_text("1000")
+    assert merged(table, out, plan, **SMALL).build_seconds > 1000 * len(plan.shares)
 
 
 def test_a_disk_without_room_for_the_lists_is_said_before_they_are_written(

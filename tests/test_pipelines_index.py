@@ -17,8 +17,10 @@ from eval.index.card import IndexCard, Speed
 from eval.index.folder import open_index
 from eval.index.partial import work_folder
 from eval.search.searcher import Searcher
+from pipelines import index
 from pipelines.cli import main, parse
 from pipelines.config import ConfigError
+from pipelines.together import Share
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +71,7 @@ def test_an_index_is_built_and_changed_by_the_command(tables, tmp_path, capsys):
     (tmp_path / "ids").write_text("5\n\n 8 \n")
     code, said, _ = call(capsys, out, f"remove={tmp_path}/ids")
     assert said.startswith(f"{out}: 2 rows removed, 428 left; figures from before")
+    assert "from before the last change: with 2 removed rows" in said
     code, said, _ = call(capsys, out, "remove_where=parity = 0 AND id < 305")
     assert said.startswith(f"{out}: 49 rows removed, 379 left")
     code, said, _ = call(capsys, out, "compact=true")
@@ -165,6 +168,28 @@ def test_tables_that_cannot_be_used(tables, tmp_path, capsys):
     assert "says itself which model" in refused(capsys, one, out, "model=somewhere")
     assert "is no index by other tools" in refused(capsys, one, out, f"embeddings={one}")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("factory", ["factory=auto", "factory=IVF4,SQ8"])
+def test_several_processes_refuse_what_they_cannot_keep_to(tables, tmp_path, factory):
+    values = [str(tables / "one"), str(tmp_path / "index"), factory, "max_memory=1GB"]
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match=r"max_memory: several processes build in shares"):
+            index._run(parse("index", values), Share(rank, 2))  # pyright: ignore
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tables / "one", theirs)
+    (theirs / "table.json").unlink()
+    config = parse("index", [str(theirs), str(tmp_path / "index"), factory])
+    with pytest.raises(ConfigError, match=r"theirs is by another tool, and one process takes"):
+        index._run(config, Share(1, 2))  # pyright: ignore
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
+
+
+def test_embeddings_by_others_have_no_lists_on_disk(tables, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tables / "one", theirs)
+    (theirs / "table.json").unlink()
+    assert "theirs is by another tool" in refused(capsys, theirs, tmp_path / "x", "on_disk=true")
 
 
 def test_embeddings_by_clip_retrieval_are_indexed(tables, tmp_path, capsys):

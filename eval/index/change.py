@@ -3,11 +3,15 @@
 Every change writes new files beside those there, then replaces the card, then removes what the card
 names no more: a kill at any instant leaves the index before the change or after it, and the next
 change clears away what a killed one left. A process that has the index open goes on with what it
-opened. Two processes must not change one index at once; the later one to finish is refused.
+opened. While a change is made the folder is locked, and another one is refused at once; where a
+file system has no locks, the later one to finish is refused, or finds its files gone.
 """
 
+import fcntl
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +54,10 @@ def append(
     Sample `s` of the table gets the id `first_id + s`, where `first_id` follows the ids set aside
     for the tables before. What was trained stays as it is.
 
+    A table is known by its data as a whole. One of the same samples and some more (a data set that
+    has grown by a shard) is another table, and adds all its rows: embed the new shards alone. So
+    does a table whose rows were all removed and compacted away.
+
     Args:
         folder: The index folder.
         table: Rows of the same model (and fusion head) as those there.
@@ -58,9 +66,17 @@ def append(
 
     Raises:
         ValueError: The table is of another model, dimension or modality, its rows are in the index
-            already, a column has another type than there, or the index is damaged.
+            already, a column has another type than there, the index is damaged, or another
+            process changes it.
     """
     folder = Path(folder)
+    with _locked(folder):
+        return _appended(folder, table, seed, progress)
+
+
+def _appended(
+    folder: Path, table: EmbeddingTable, seed: int, progress: Progress | None
+) -> IndexCard:
     opened = _opened(folder)
     card = opened.card
     _check_fit(opened, table)
@@ -111,9 +127,15 @@ def remove(folder: Path | str, ids: Collection[int] | Int64[ndarray, " ids"]) ->
     Ids that were removed before stay so. The figures of the card are those before the change.
 
     Raises:
-        ValueError: The index holds no row with one of the ids, or would have no row left.
+        ValueError: The index holds no row with one of the ids, would have no row left, or another
+            process changes it.
     """
     folder = Path(folder)
+    with _locked(folder):
+        return _removed(folder, ids)
+
+
+def _removed(folder: Path, ids: Collection[int] | Int64[ndarray, " ids"]) -> IndexCard:
     opened = _opened(folder, check="sizes")
     card = opened.card
     wanted = np.unique(np.array(list(ids), dtype=np.int64))
@@ -140,9 +162,14 @@ def compact(folder: Path | str, *, progress: Progress | None = None) -> IndexCar
     numbers close up, and nothing is trained again. Files without removed rows are kept.
 
     Raises:
-        ValueError: The index is damaged.
+        ValueError: The index is damaged, or another process changes it.
     """
     folder = Path(folder)
+    with _locked(folder):
+        return _compacted(folder, progress)
+
+
+def _compacted(folder: Path, progress: Progress | None) -> IndexCard:
     opened = _opened(folder)
     card = opened.card
     if not card.removed:
@@ -182,6 +209,27 @@ def compact(folder: Path | str, *, progress: Progress | None = None) -> IndexCar
     return commit(card, folder)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other changes; the system lets go of it when a process ends."""
+    if not folder.is_dir():  # opening it says what is wrong
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: another process changes this index; wait until it has ended"
+            ) from error
+        except OSError:
+            pass  # no locks there
+        yield
+    finally:
+        os.close(place)
+
+
 def _opened(folder: Path, *, check: str = "sha256") -> OpenIndex:
     opened = open_index(folder, check="sizes" if check == "sizes" else "sha256")
     remove_leftovers(folder, opened.card)
@@ -206,7 +254,8 @@ def _check_fit(opened: OpenIndex, table: EmbeddingTable) -> None:
         raise ValueError(f"{table.folder}: rows of {table.card.dim}, those of {folder} {card.dim}")
     data = table.card.fingerprints.get("data")
     for source in card.sources:
-        if source.table == table.fingerprint or (data and source.data == data):
+        same = source.table == table.fingerprint or (data and source.data == data)
+        if source.rows and same:
             raise ValueError(f"{table.folder}: {folder} holds the rows of this data already")
     unified_schema([opened.rows.schema, table.metadata_schema()])
 

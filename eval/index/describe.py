@@ -31,6 +31,7 @@ def describe(card: IndexCard) -> list[str]:
         lines.append(_row(one.queries, [_percent(figure) for figure in one.against_exact]))
         if one.own_pair:
             lines[-1] += "".join(f"{_percent(_ten(one.own_pair[how])):>24}" for how in _HOW)
+    lines += _own_pictures(card)
     if card.origin.get("decoded"):
         lines.append("measured against the vectors that this index decodes: it came without others")
     return [*(line for line in lines if line), *_notes(card)]
@@ -47,16 +48,52 @@ def _setting(card: IndexCard) -> str:
 
 
 def _notes(card: IndexCard) -> list[str]:
+    """What a reader must know of the figures, and whether they are what was asked for."""
+    return [*_age(card), *_aim(card)]
+
+
+def _age(card: IndexCard) -> list[str]:
+    removed = f"{card.removed:,} removed rows"
+    if card.measured != card.generation and card.removed:
+        return [
+            f"the figures are from before the last change: with {removed} to leave out search is "
+            "slower; compact=true measures it again"
+        ]
+    if card.measured != card.generation:
+        return ["the figures are from before the last change, which left nothing to measure by"]
+    if card.removed:
+        return [
+            f"in the figures {removed} still count as right answers, and search, which leaves them "
+            "out, is slower than they say; compact=true measures it again"
+        ]
+    return []
+
+
+def _aim(card: IndexCard) -> list[str]:
     if card.tuned_for is None or card.target_recall is None:
         return []
-    reached = card.reached_by(card.tuned_for).at_10
-    if reached.high >= card.target_recall:
+    reached = {one.queries: one.at_10 for one in card.reached}.get(card.tuned_for)
+    if reached is None:
+        return [
+            f"no {card.tuned_for} queries are left that measure it: their right answers were "
+            "removed; build the index again to have it measured and tuned"
+        ]
+    if reached.value >= card.target_recall:
         return []
-    return [
+    found = (
         f"below the target: {card.tuned_for} queries reach {100 * reached.value:.1f} % of the "
-        f"{100 * card.target_recall:g} % asked for, the most that was found; allow more memory, "
-        "or name a finer factory"
-    ]
+        f"{100 * card.target_recall:g} % asked for"
+    )
+    if reached.high >= card.target_recall:
+        return [f"{found}; that is within the error of {reached.count:,} queries"]
+    return [f"{found}, the most that was found; allow more memory, or name a finer factory"]
+
+
+def _own_pictures(card: IndexCard) -> list[str]:
+    asked = [one.queries for one in card.reached if one.queries in ("image", "fused")]
+    if card.modality != "image" or not asked:
+        return []
+    return [f"{' and '.join(asked)} queries are pictures of the index itself; others may find less"]
 
 
 def _row(name: str, cells: list[str]) -> str:
