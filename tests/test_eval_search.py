@@ -1,9 +1,12 @@
 """Filtered search: every plan over every kind of index, against a slow transcription."""
 
+import inspect
+import resource
 import threading
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from eval.embed import EmbeddedRows, write_table
@@ -11,7 +14,7 @@ from eval.index.build import build_index
 from eval.index.card import IndexCard
 from eval.index.folder import with_checksums
 from eval.search.engine import Engine
-from eval.search.filters import Allowed, FilterTimeoutError
+from eval.search.filters import Allowed, FilterTimeoutError, RowFilter
 from eval.search.plan import Planner
 from eval.search.searcher import Searcher
 
@@ -258,7 +261,7 @@ ATTACKS = [
     ("read_csv('/etc/passwd') is null", "'read_csv' cannot be used; known: abs, "),
     ("read_text('/etc/passwd') is null", "'read_text' cannot be used"),
     ("getenv('HOME') is null", "'getenv' cannot be used"),
-    ("attach '/tmp/x.db'", "attach does not exist"),
+    ("attach '/tmp/x.db'", "the type 'attach' cannot be used"),
     ("pragma version", "one expression over the columns, not several"),
     ("true; set threads=1", "Only SELECT"),
     ("count(*) > 1", "'count_star' cannot be used"),
@@ -276,7 +279,25 @@ ATTACKS = [
     ("true and " * 2000 + "true", "longer than 10000 characters"),
     ("1+" * 2000 + "1 = 1", "expression depth"),
     ("\x00", "not found"),
+    ("caption::VARCHAR[] is null", "the type 'list' cannot be used; known: bool, boolean, "),
+    ("cast(null as integer[100000]) is null", "the type 'array' cannot be used"),
+    ("caption::JSON is null", "the type 'json' cannot be used"),
+    ("(" + "[" * 9 + "caption" + "]::text" * 9 + ") = 'x'", "too many texts or lists"),
+    ("concat([" * 9 + "caption" + "])" * 9 + " = 'x'", "too many texts or lists"),
+    ("len(concat(" + "caption, " * 101 + "id)) > 1", "too many texts or lists"),
+    ("len(list_value(" + "tags, " * 51 + "tags)) > 1", "too many texts or lists"),
+    ("upper(" * 101 + "caption" + ")" * 101 + " = 'X'", "too many texts or lists"),
+    ("concat(caption, '" + "x" * 3000 + "') || '" + "y" * 4000 + "' = 'x'", None),
+    ("lower('" + "x" * 9000 + "' || caption) || caption = 'x'", "too many texts or lists"),
+    ("case when good then caption else vendor end || id::text = 'x'", None),
+    ("json_extract(caption, '$..*') is null", "a path to one value, without '\\*'"),
+    ("caption ->> ('$.' || vendor) is null", "a pattern or path in quotes"),
+    ("regexp_matches(caption, vendor)", "a pattern or path in quotes"),
+    ("regexp_extract(caption, '(.*)', ['a', 'b']) is null", "a pattern or path in quotes"),
+    (" or ".join(["regexp_matches(vendor, 'x{900}y')"] * 13), "too many texts or lists"),
 ]
+TAKEN = [where for where, message in ATTACKS if message is None]
+ATTACKS = [(where, message) for where, message in ATTACKS if message is not None]
 
 
 @pytest.mark.parametrize(("where", "message"), ATTACKS)
@@ -285,6 +306,63 @@ def test_only_one_expression_over_the_columns_is_taken(table, flat, where, messa
         flat.search(table.vectors("text")[:1], 3, where=where)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("where: ")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *TAKEN,
+        "regexp_matches(caption, 'a|b') or regexp_full_match(vendor, 'n.*', 'i')",
+        " or ".join(f"lower(caption) like '%{n}%'" for n in range(60)),
+        "share::decimal(10, 2) > try_cast(vendor as double) or id in (1, 2)",
+        "json_extract_string('{\"a\": [1]}', '$.a[0]')::int = 1 and [cluster, id][1] > 3",
+    ],
+)
+def test_expressions_of_some_length_are_taken(flat, where):
+    assert 0 <= flat._filter.allowed(where).count <= ROWS
+
+
+def filter_over(columns):
+    """A filter over these columns and the ids from 0 on."""
+    table = pa.table(columns)
+
+    class Rows:
+        ids = np.arange(len(table))
+
+        def __len__(self):
+            return len(table)
+
+    Rows.table = table.append_column("id", pa.array(Rows.ids))
+    filter_ = object.__new__(RowFilter)
+    inspect.unwrap(RowFilter.__init__)(filter_, Rows(), np.empty(0, np.int64), seconds=60.0)
+    return filter_
+
+
+def test_the_most_that_an_expression_may_make_takes_little_memory():
+    filter_ = filter_over({"long": ["x" * 20_000] * 3000})
+    filter_.allowed("len(long) > 3")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    where = "len(" + "upper(" * 45 + "concat(long, long)" + ")" * 45 + ") = 40000"
+    assert filter_.allowed(where).count == 3000
+    made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert made < 900 * 2**10  # all steps of 2,048 rows together would be 3.8 GB
+
+
+def test_columns_that_differ_only_in_case_cannot_be_filtered_by():
+    filter_ = filter_over({"Name": ["A", "B"], "name": ["a", "b"], "ID": [7, 8], "n": [1, 2]})
+    assert [*filter_.columns] == ["n", "id"]
+    for options in ({"where": "name = 'b'"}, {"fields": {"name": "b"}}, {"where": "Name = 'B'"}):
+        with pytest.raises(ValueError, match=r"name|Name"):
+            filter_.allowed(**options)
+    assert filter_.allowed("id = 1 and n = 2").count == 1
+
+
+def test_filters_of_very_many_values_are_refused(table, flat):
+    query = table.vectors("text")[:1]
+    many = [*range(10_000)]
+    assert flat.search(query, ROWS, fields={"id": many}).matching == ROWS
+    with pytest.raises(ValueError, match="fields: 10,001 values; at most 10,000"):
+        flat.search(query, 3, fields={"id": many, "good": True})
 
 
 def test_the_database_reaches_nothing_else(flat, tmp_path):

@@ -1,8 +1,10 @@
 """Which SQL expressions a filter may be: one, over the values of a row, of harmless functions.
 
-An expression may come from a stranger, and DuckDB is interrupted only between blocks of rows. So
-what could take long within one block is not among the functions: those that make long texts or
-lists, edit distances, lambdas.
+An expression may come from a stranger. DuckDB is interrupted only between blocks of rows, and
+neither texts nor lists that it makes count towards its limit of memory. So what could take long or
+much within one block is refused: functions that make long texts or lists, edit distances, lambdas;
+types that are not plain; patterns and paths that are made anew for every row; and in all, more
+texts and lists than `MOST_TEXT` times those of a row.
 """
 
 from collections.abc import Mapping
@@ -13,6 +15,15 @@ LONGEST = 10_000
 NESTED = 200
 """Opening brackets in one; DuckDB's parser takes the square of their number where one is not
 closed, and is not interrupted meanwhile."""
+
+MOST_TEXT = 100.0
+"""Texts and lists that an expression makes of a row, in texts of a row. A list that is written as
+text may be twice as long, and so on when that text is put into a list: the sum is over all steps,
+since all are in memory at once."""
+_LETTERS = 256
+"""Letters of a text in an expression that are taken for a text of a row."""
+_PATTERN = 8.0
+"""What a regular expression or a JSON document takes, in texts."""
 
 _CLASSES = {
     "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
@@ -35,6 +46,30 @@ _NAMES = (
 FUNCTIONS = _NAMES.split()
 """Functions that may be called, beside the operators."""
 _CALLABLE = {*FUNCTIONS, *_OPERATORS.split()}
+_TEXT_NAMES = (
+    "array_extract array_slice coalesce concat greatest ifnull json_extract json_extract_string "
+    "lcase least left list_avg list_extract list_max list_min list_slice list_sum list_value lower "
+    "ltrim nullif regexp_extract right row rtrim split_part strip_accents struct_extract substr "
+    "substring trim ucase upper || -> ->>"
+)
+_TEXT = set(_TEXT_NAMES.split())
+"""Functions that may give a text or a list; all others give something short."""
+_LISTS = {"list_value", "row", "ARRAY_CONSTRUCTOR"}
+_PATTERNS = {
+    "json_extract", "json_extract_string", "->", "->>", "regexp_extract", "regexp_full_match",
+    "regexp_matches",
+}  # fmt: skip
+"""Functions that prepare what follows their first argument."""
+_TRUTHS = {
+    "OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "COMPARE_IN", "COMPARE_NOT_IN",
+}  # fmt: skip
+_TYPE_NAMES = (
+    "bool boolean tinyint smallint int integer bigint hugeint utinyint usmallint uinteger ubigint "
+    "int1 int2 int4 int8 long short signed float float4 float8 real double decimal numeric varchar "
+    "text string char date time timestamp timestamptz datetime interval uuid"
+)
+_TYPES = _TYPE_NAMES.split()
+_TEXT_TYPES = {"varchar", "text", "string", "char"}
 
 
 def check_length(where: str) -> None:
@@ -66,14 +101,95 @@ def check_parsed(parsed: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     if len(selected) != 1 or selected[0].get("alias"):
         raise ValueError("where: must be one expression over the columns, not several")
     for part in _parts(selected[0]):
-        if part["class"] not in _CLASSES:
-            what = part["class"].lower().replace("_", " ")
-            raise ValueError(f"where: only values of a row can be compared, here is a {what}")
-        name = part.get("function_name", "+")
-        if part["class"] == "FUNCTION" and name.lower() not in _CALLABLE:
+        _check_part(part)
+    text = 0.0
+    made: dict[int, float] = {}
+    for part in reversed(_parts(selected[0])):  # what is within comes before what it is within
+        given = sum((made[id(inner)] for inner in _within(part)), 0.0)
+        made[id(part)], takes = _made(part, given)
+        text += takes
+        if text > MOST_TEXT:
             raise ValueError(
-                f"where: the function {name!r} cannot be used; known: {', '.join(FUNCTIONS)}"
+                "where: makes too many texts or lists of each row; join or convert fewer, and "
+                "compare texts by ILIKE instead of lower() and upper()"
             )
+
+
+def _check_part(part: Mapping[str, Any]) -> None:
+    """Refuse a part of an expression by what it is and is called.
+
+    Raises:
+        ValueError: It is none of what an expression may hold.
+    """
+    if part["class"] not in _CLASSES:
+        what = part["class"].lower().replace("_", " ")
+        raise ValueError(f"where: only values of a row can be compared, here is a {what}")
+    if part["class"] == "TYPE":
+        name = _type_name(part)
+        if name not in _TYPES:
+            raise ValueError(f"where: the type {name!r} cannot be used; known: {', '.join(_TYPES)}")
+    if part["class"] != "FUNCTION":
+        return
+    name = part.get("function_name", "+").lower()
+    if name not in _CALLABLE:
+        raise ValueError(
+            f"where: the function {name!r} cannot be used; known: {', '.join(FUNCTIONS)}"
+        )
+    if name not in _PATTERNS:
+        return
+    for one in _within(part)[1:]:
+        if one["class"] != "CONSTANT":
+            raise ValueError(f"where: {name} takes a pattern or path in quotes, not an expression")
+        if "regexp" not in name and "*" in _literal(one):
+            raise ValueError(f"where: {name} takes a path to one value, without '*'")
+
+
+def _made(part: Mapping[str, Any], given: float) -> tuple[float, float]:
+    """How much text a part gives, and how much memory that takes, of how much it is given.
+
+    Both are in texts of a row.
+    """
+    kind = part["class"]
+    name = part.get("function_name", part.get("type", "")).lower()
+    if kind == "COLUMN_REF":
+        return 1.0, 0.0
+    if kind == "CONSTANT":
+        return len(_literal(part)) / _LETTERS, 0.0
+    if kind == "CAST":
+        text = _type_name(part["type_expr"]) in _TEXT_TYPES
+        return (2 * given, 2 * given) if text else (0.0, 0.0)
+    if name in _PATTERNS:
+        return (given if name in _TEXT else 0.0), _PATTERN * max(given, 1.0)
+    if name.upper() in _LISTS or name in _LISTS:
+        return 2 * given, 2 * given
+    if kind in ("COMPARISON", "CONJUNCTION", "BETWEEN", "TYPE") or name.upper() in _TRUTHS:
+        return 0.0, 0.0
+    if kind == "FUNCTION" and name not in _TEXT:
+        return 0.0, 0.0
+    return given, given
+
+
+def _type_name(part: Mapping[str, Any]) -> str:
+    return part.get("type_name", "").lower()
+
+
+def _literal(part: Mapping[str, Any]) -> str:
+    return str((part.get("literal") or {}).get("text", ""))
+
+
+def _within(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts right within a part, in order, but types."""
+    found: list[dict[str, Any]] = []
+    waiting = [value for name, value in reversed(part.items()) if name != "type_expr"]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict) and "class" in one:
+            found.append(one)
+        elif isinstance(one, dict):
+            waiting += reversed(one.values())
+        elif isinstance(one, list):
+            waiting += reversed(one)
+    return found
 
 
 def _frame(node: Mapping[str, Any]) -> Any:

@@ -9,6 +9,8 @@ Kind = Literal["text", "number", "flag", "other"]
 
 _NUMBERS = re.compile(r"(U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL\(.*\))$")
 _RULES = ("min", "max", "contains")
+MOST_VALUES = 10_000
+"""Values of one filter, all fields together; DuckDB is not interrupted while it reads them."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,12 @@ def conditions(
     case). None stands for rows without the field. Of a column of lists, one element must fit.
 
     Raises:
-        ValueError: An unknown field or rule, or a value of another kind than the column's.
+        ValueError: An unknown field or rule, a value of another kind than the column's, or more
+            than `MOST_VALUES` of them.
     """
+    asked = sum(len(one) if isinstance(one, list | tuple) else 1 for one in fields.values())
+    if asked > MOST_VALUES:
+        raise ValueError(f"fields: {asked:,} values; at most {MOST_VALUES:,} can be asked for")
     clauses: list[str] = []
     values: list[Any] = []
     for name, wanted in fields.items():

@@ -2,12 +2,14 @@
 
 DuckDB reads the mapped Arrow files, so that only the columns asked for are touched. Expressions may
 come from strangers: a parser looks that each is one expression without a subquery, and DuckDB can
-reach no file, no network and no setting, has a limit of memory, and is interrupted in time.
+reach no file, no network and no setting, has a limit of memory, and is interrupted in time; rows
+come to it in small chunks, since neither holds within one.
 """
 
 import json
+import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,6 +28,11 @@ T = TypeVar("T")
 
 _REMEMBERED_BYTES = 64 * 2**20
 """Of the answers that are kept, because pages of one search ask the same again."""
+_CHUNK_BYTES = 2**20
+"""Metadata that is filtered at a time, about: texts that an expression makes of it are in memory
+together."""
+_THREADS = 4
+"""That one filter may take, each with a chunk."""
 _LOCKED = (
     "SET temp_directory = ''",
     "SET enable_external_access = false",
@@ -106,9 +113,24 @@ class RowFilter:
     def _database(self) -> Any:
         database = duckdb.connect(":memory:")
         database.execute(f"SET memory_limit = '{self._memory}'")
+        database.execute(f"SET threads = {min(_THREADS, os.cpu_count() or 1)}")
         for line in _LOCKED:
             database.execute(line)
         return database
+
+    @cached_property
+    def _chunked(self) -> pa.Table:
+        """The metadata that filters see, in chunks of about `_CHUNK_BYTES`.
+
+        DuckDB takes names that differ only in case for one. Such columns are left out, so that a
+        filter by them is refused instead of looking at the other.
+        """
+        table = self._rows.table
+        times = Counter(name.lower() for name in table.column_names)
+        table = table.select([n for n in table.column_names if n == "id" or times[n.lower()] == 1])
+        of_a_row = table.nbytes / max(len(table), 1)
+        rows = max(int(_CHUNK_BYTES / max(of_a_row, 1.0)), 16)
+        return pa.Table.from_batches(table.to_batches(max_chunksize=rows), table.schema)
 
     @cached_property
     def columns(self) -> dict[str, Column]:
@@ -221,7 +243,7 @@ class RowFilter:
     ) -> T:
         with self._lock:
             cursor = self._database.cursor()
-            tables = {"rows": self._rows.table, "removed": self._removed} if views else {}
+            tables = {"rows": self._chunked, "removed": self._removed} if views else {}
         timer = threading.Timer(self._seconds, cursor.interrupt)
         timer.daemon = True
         try:
