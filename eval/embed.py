@@ -27,6 +27,7 @@ from numpy import ndarray
 from pyarrow import parquet
 
 from eval.cards import write_whole
+from eval.columns import OWN, agreed, columns_of, in_agreement, mixed_noted, names_of, notes_on
 from eval.metrics import check_rows
 from eval.table import (
     MODALITIES,
@@ -35,7 +36,6 @@ from eval.table import (
     TableCard,
     part_path,
     read_parts,
-    unified_schema,
     unit_rows,
     verify_parts,
 )
@@ -44,9 +44,7 @@ ROWS_PER_PART = 10_000
 """Samples of a part unless stated: what a kill can cost, and files of 10 MB at a width of 512."""
 
 _MOST_PARTS = 100_000
-_COLUMNS = pa.schema(
-    [("id", pa.int64()), ("key", pa.string()), ("caption", pa.string()), ("shard", pa.string())]
-)
+_TYPES = {"id": pa.int64(), "key": pa.string(), "caption": pa.string(), "shard": pa.string()}
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class EmbeddedRows:
         captions: Their captions; None where there is none.
         shards: The names of the files they came from.
         embeddings: Per modality one row per sample, of any length but zero.
-        fields: The samples' own JSON members; nested ones become columns `outer.inner`, and a field
-            named like one of the four columns above gives way to it.
+        fields: The samples' own JSON members; nested ones become columns `outer.inner`, and what
+            becomes of taken names and mixed types is told in `eval.columns`.
     """
 
     ids: Int64[ndarray, " rows"]
@@ -90,6 +88,7 @@ class TableWriter:
     Attributes:
         card: What the table is.
         done: The cards of whole parts by number, of this writer and of those before it.
+        notes: What a user should know of the table's columns, once it is finished.
 
     Raises:
         ValueError: The folder holds something else, or a table begun with other options.
@@ -108,7 +107,7 @@ class TableWriter:
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(out)
-        self._schema = _COLUMNS
+        self.notes: list[str] = []
         wanted = TableCard(
             modalities=tuple(name for name in MODALITIES if name in modalities),
             dim=dim,
@@ -142,9 +141,6 @@ class TableWriter:
                     f"{error}; without {self.folder / part_path(number)} this part alone is "
                     "embedded anew"
                 ) from error
-            if self.done[number].rows:
-                path = self.folder / self.done[number].part.path("metadata")
-                self._schema = unified_schema([self._schema, parquet.read_schema(path)])
 
     def write(
         self,
@@ -161,8 +157,7 @@ class TableWriter:
 
         Raises:
             ValueError: Ids do not ascend or are not of this part, columns differ in length, a
-                modality is missing or too much, a row has no direction (NaN, infinity, zeros), or a
-                field has another type than in an earlier part.
+                modality is missing or too much, or a row has no direction (NaN, infinity, zeros).
         """
         if not 0 <= number < _MOST_PARTS:
             raise ValueError(
@@ -186,18 +181,43 @@ class TableWriter:
         """Mark the table, all of whose parts are written, as complete, and open it.
 
         Raises:
-            ValueError: There is no row, or a field has several types.
+            ValueError: There is no row, or two fields of a sample would have one name.
         """
         known = {**read_parts(self.folder), **self.done}
         self.done = {number: known[number] for number in sorted(known)}
-        parts = tuple(card.part for card in self.done.values() if card.rows)
-        if not parts:
+        if not any(card.rows for card in self.done.values()):
             raise ValueError(f"{self.folder}: no samples to embed")
-        paths = (self.folder / part.path("metadata") for part in parts)
-        unified_schema([parquet.read_schema(path) for path in paths])
+        self._agree_on_columns()
+        parts = tuple(card.part for card in self.done.values() if card.rows)
         self.card = replace(self.card, complete=True, parts=parts)
         self.card.save(self.folder)
         return EmbeddingTable(self.folder, check="sizes")
+
+    def _agree_on_columns(self) -> None:
+        """Give columns one name and one type through all parts; few tables need any of it."""
+        paths = {
+            number: self.folder / card.part.path("metadata")
+            for number, card in self.done.items()
+            if card.rows
+        }
+        schemas = {number: parquet.read_schema(path) for number, path in paths.items()}
+        agreement = agreed(list(schemas.values()))
+        names = {name for schema in schemas.values() for name in names_of(schema)}
+        self.notes = notes_on({agreement.names.get(name, name) for name in names}, agreement)
+        changing = {*agreement.names, *agreement.text}
+        for number, path in paths.items():
+            if changing.isdisjoint(schemas[number].names):
+                continue
+            table = in_agreement(parquet.ParquetFile(path).read(), agreement)
+            if table is None:
+                continue
+            card = self.done[number]
+            # Without its card the part does not exist: whoever is killed here makes it anew.
+            (self.folder / part_path(number)).unlink()
+            sums = write_whole(path, lambda file, table=table: parquet.write_table(table, file))
+            name = card.part.path("metadata")
+            self.done[number] = replace(card, files={**card.files, name: sums})
+            self.done[number].save(self.folder)
 
     def _begin(self, wanted: TableCard) -> TableCard:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +266,6 @@ class TableWriter:
     def _write_files(self, number: int, rows: EmbeddedRows) -> dict[str, str]:
         """Write vectors and metadata; their SHA-256 by path."""
         table = _metadata(rows)
-        self._schema = unified_schema([self._schema, table.schema])
         files = {}
         for name in self.card.modalities:
             folder = MODALITIES[name]
@@ -327,31 +346,11 @@ def _check_order(batch: EmbeddedRows, last: int) -> None:
 
 
 def _metadata(rows: EmbeddedRows) -> pa.Table:
-    columns: dict[str, list[Any]] = {}
-    for row, sample in enumerate(rows.fields or ()):
-        for name, value in _flatten(sample):
-            if name not in _COLUMNS.names:
-                columns.setdefault(name, [None] * len(rows.ids))[row] = value
-    arrays = {}
-    for name in sorted(columns):
-        try:
-            arrays[name] = pa.array(columns[name])
-        except pa.ArrowException as error:
-            raise ValueError(f"field {name!r} has values of several types: {error}") from error
     known = [rows.ids, rows.keys, rows.captions, rows.shards]
-    fixed = {
-        column.name: pa.array(values, type=column.type)
-        for column, values in zip(_COLUMNS, known, strict=True)
-    }
-    return pa.table({**fixed, **arrays})
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _flatten(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", inner
+    own = dict(zip(OWN, known, strict=True))
+    arrays, mixed = columns_of(rows.fields or [{}] * len(rows.ids), own)
+    fixed = {name: pa.array(own[name], type=_TYPES[name]) for name in OWN}
+    return mixed_noted(pa.table({**fixed, **arrays}), mixed)
 
 
 def _merge(batches: Sequence[EmbeddedRows]) -> EmbeddedRows:

@@ -244,6 +244,8 @@ class _Embedding:
         whole = max(sum(seconds.values()), 1e-9)
         budget = ", ".join(f"{name} {seconds[k] / whole:.0%}" for k, name in STAGES.items())
         print(f"{out}: {', '.join(said)}; time: {budget}{left_out(self.manifest)}", flush=True)
+        for note in self.writer.notes:
+            print(f"{out}: {note}", flush=True)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +73,7 @@ def test_the_layout_is_the_one_clip_retrieval_reads(tmp_path):
         "caption": "caption 13",
         "shard": "00001.tar",
         "group": "g1",
+        "json.key": 1,
         "size.width": 13,
     }
     assert table.rows == ROWS
@@ -270,12 +272,7 @@ def test_bad_options_are_refused(tmp_path):
         TableWriter(tmp_path / "t", **good).finish()
 
 
-def test_fields_may_differ_between_samples_but_not_in_type(tmp_path):
-    def sample(number, fields):
-        return EmbeddedRows(
-            np.array([number]), ["k"], ["c"], ["s"], {"image": np.ones((1, 2))}, [fields]
-        )
-
+def test_fields_may_differ_between_samples(tmp_path):
     options = {"modalities": ["image"], "dim": 2, "fingerprints": {}, "rows_per_part": 1}
     several = [{"a": 1}, {"b": ["x", "y"]}, {"a": 2.5, "b": []}, {}]
     source = [sample(number, fields) for number, fields in enumerate(several)]
@@ -284,9 +281,106 @@ def test_fields_may_differ_between_samples_but_not_in_type(tmp_path):
     assert metadata["a"].to_pylist() == [1.0, None, 2.5, None]
     assert metadata["b"].to_pylist() == [None, ["x", "y"], [], None]
     assert metadata.schema.field("a").type == pa.float64()
-    clash = [sample(0, {"a": 1}), sample(1, {"a": "one"})]
-    with pytest.raises(ValueError, match=r"a field changes its type.* a ") as caught:
-        write_table(tmp_path / "u", lambda _start: clash, **options)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="field 'a' has values of several types"):
-        write_table(tmp_path / "v", lambda _start: clash, **{**options, "rows_per_part": 2})
+    assert writer_of(tmp_path / "t").notes == []
+
+
+def sample(number, fields):
+    return EmbeddedRows(
+        np.array([number]), [f"k{number}"], ["c"], ["s"], {"image": np.ones((1, 2))}, [fields]
+    )
+
+
+def writer_of(folder, size=1):
+    options = {"modalities": ["image"], "dim": 2, "fingerprints": {}, "rows_per_part": size}
+    return TableWriter(folder, **options)
+
+
+def written(folder, several, size):
+    """A table of samples with these fields, and its writer."""
+    writer = writer_of(folder, size)
+    for part in range(0, len(several), size):
+        rows = [sample(part + n, fields) for n, fields in enumerate(several[part : part + size])]
+        writer.write(part // size, rows)
+    return writer.finish().metadata(), writer
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_field_of_several_types_becomes_text_wherever_parts_begin(tmp_path, size):
+    values = [1, "two", None, [3, "x"], True, 4.5, "ü", {"inner": 1}]
+    several = [{"mixed": one, "plain": n} for n, one in enumerate(values)]
+    metadata, writer = written(tmp_path / "t", several, size)
+    said = ["1", "two", None, '[3, "x"]', "true", "4.5", "ü", None]
+    assert metadata["mixed"].to_pylist() == said
+    assert metadata["mixed.inner"].to_pylist() == [None] * 7 + [1]
+    assert metadata["plain"].to_pylist() == list(range(8))
+    assert writer.notes == ["JSON fields of several types are kept as text: mixed"]
+    for path in (tmp_path / "t/metadata").iterdir():
+        schema = parquet.read_schema(path)
+        if "mixed" in schema.names:
+            assert schema.field("mixed").type in (pa.string(), pa.null())
+    EmbeddingTable(tmp_path / "t", check="sha256")
+
+
+def test_numbers_and_letters_beyond_what_a_column_holds_are_text(tmp_path):
+    several = [{"huge": 10**30, "half": "a\ud800"}, {"huge": 1, "half": "b"}]
+    metadata, _ = written(tmp_path / "t", several, 2)
+    assert metadata["huge"].to_pylist() == [str(10**30), "1"]
+    assert metadata["half"].to_pylist() == ["a?", "b"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_names_that_differ_in_case_alone_are_told_apart_wherever_parts_begin(tmp_path, size):
+    several = [{"Name": "A0"}, {"name": "b1"}, {"NAME": "C2", "Name": "A2", "name": "b2"}, {"x": 1}]
+    metadata, writer = written(tmp_path / "t", several, size)
+    assert metadata["name"].to_pylist() == [None, "b1", "b2", None]
+    assert metadata["json.Name"].to_pylist() == ["A0", None, "A2", None]
+    assert metadata["json.json.NAME"].to_pylist() == [None, None, "C2", None]
+    names = metadata.column_names
+    assert len({name.lower() for name in names}) == len(names)
+    (note,) = writer.notes
+    assert "kept as json.Name, json.json.NAME" in note
+
+
+def test_taken_names_are_kept_under_others(tmp_path):
+    several = [
+        {"id": 5, "key": "k0", "caption": " c ", "shard": None, "a.b": 1, "a": {"b": 2}},
+        {"Id": 6, "key": "mine", "a.b": 3},
+    ]
+    metadata, writer = written(tmp_path / "t", several, 2)
+    rows = metadata.drop_columns(["id", "key", "caption", "shard"]).to_pylist()
+    none = {"a.b": None, "json.a.b": None, "json.id": None, "json.Id": None, "json.key": None}
+    del none["json.Id"]
+    assert rows[0] == {**none, "a.b": 1, "json.a.b": 2, "json.id": 5, "json.json.Id": None}
+    assert rows[1] == {**none, "a.b": 3, "json.json.Id": 6, "json.key": "mine"}
+    assert metadata["key"].to_pylist() == ["k0", "k1"]
+    assert "json.id" in writer.notes[0]
+
+
+@pytest.mark.parametrize("flush", [1, 2, 3, 4, 5])
+def test_a_kill_while_columns_are_agreed_on_costs_a_part_at_most(tmp_path, monkeypatch, flush):
+    several = [{"Name": 1}, {"name": 2}, {"Name": "x"}]
+    written(tmp_path / "whole", several, 1)
+    writer = writer_of(tmp_path / "t")
+    for number, fields in enumerate(several):
+        writer.write(number, [sample(number, fields)])
+    flush_to_disk, seen = os.fsync, []
+
+    def fsync(descriptor):
+        flush_to_disk(descriptor)
+        seen.append(descriptor)
+        if len(seen) == flush:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish()
+    monkeypatch.undo()
+    again = writer_of(tmp_path / "t")
+    again.verify(again.done)
+    missing = [number for number in range(3) if number not in again.done]
+    assert len(missing) <= 1
+    for number in missing:
+        again.write(number, [sample(number, several[number])])
+    again.finish()
+    found, expected = contents(tmp_path / "t"), contents(tmp_path / "whole")
+    assert {name: found[name] for name in expected} == expected

@@ -230,6 +230,30 @@ def test_a_signal_leaves_whole_parts_and_one_line(
     assert contents(config.out) == contents(whole)
 
 
+@pytest.mark.parametrize("size", [3, 20])
+def test_scraped_fields_are_kept_and_told_of(place, tmp_path, capsys, size):
+    members = {}
+    for number in range(6):
+        fields = {"mixed": number if number % 2 else "s", "Name": "A", "name": f"b{number}"}
+        if number < 3:
+            fields = {"mixed": number, "Name": "A", "id": 7, "caption": "red dot"}
+        members[f"{number}.png"] = encoded(picture("red", "dot", side=32))
+        members[f"{number}.txt"] = b"red dot"
+        members[f"{number}.json"] = json.dumps(fields).encode()
+    (tmp_path / "scraped").mkdir()
+    write_tar(tmp_path / "scraped" / "0.tar", members)
+    data = str(tmp_path / "scraped")
+    said = table(place, tmp_path / "t", data=data, rows_per_part=size).metadata()
+    assert said["mixed"].to_pylist() == ["0", "1", "2", "3", "s", "5"]
+    assert said["name"].to_pylist() == [None, None, None, "b3", "b4", "b5"]
+    assert said["json.Name"].to_pylist() == ["A"] * 6
+    assert said["json.id"].to_pylist() == [7, 7, 7, None, None, None]
+    assert "json.caption" not in said.column_names
+    out = capsys.readouterr().out
+    assert "names are taken are kept as json.Name, json.id\n" in out
+    assert "several types are kept as text: mixed\n" in out
+
+
 def stay(self: Accelerator) -> None:
     """Instead of leaving the other process."""
 
