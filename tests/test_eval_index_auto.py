@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import faiss
@@ -175,6 +176,26 @@ def test_the_figures_are_of_queries_that_tuning_has_not_seen(table):
     assert other.knobs != facts.knobs
 
 
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "auto"])
+def test_building_tunes_on_no_query_that_measures(table, tmp_path, monkeypatch, factory):
+    found = [choose.Candidate(name, name, 0) for name in ("IVF64,SQ4", "IVF64,Flat")]
+    monkeypatch.setattr(build, "worth_building", lambda *_: found)
+    options: dict[str, Any] = {"factory": factory, "target_recall": 0.9, "query_count": 400}
+    card = build_index(table, tmp_path / "one", **options)
+    original = build.draw_queries
+
+    def other_half(*arguments, **options):
+        drawn = original(*arguments, **options)
+        vectors = drawn["text"].vectors
+        vectors[MEASURING] *= -1
+        return drawn
+
+    monkeypatch.setattr(build, "draw_queries", other_half)
+    other = build_index(table, tmp_path / "other", **options)
+    assert other.reached_by("text").at_10.value < 0.5
+    assert (other.factory, other.knobs) == (card.factory, card.knobs)
+
+
 def test_tuning_finds_the_least_probes(table):
     index = trained(DIM, "IVF64,Flat", table.vectors("image"))
     index.add(table.vectors("image"))
@@ -188,6 +209,14 @@ def test_tuning_finds_the_least_probes(table):
         by_probes[probes] = each.mean() - each.std() / len(each) ** 0.5
     least = min(probes for probes, low in by_probes.items() if low >= 0.9)
     assert tuned.knobs == f"nprobe={least}"
+    # a mean that reaches the target only without its standard error does not do
+    probes, low = next((some, low) for some, low in by_probes.items() if low > 0.8)
+    set_knobs(index, f"nprobe={probes}")
+    mean = shares(found_by(index, drawn, 10), drawn, table, "image", 10).mean()
+    assert low < mean
+    between = tune(index, table, "image", drawn, float(low + mean) / 2)
+    assert between.enough
+    assert int(between.knobs.removeprefix("nprobe=")) > probes
 
 
 @pytest.mark.parametrize(
@@ -267,10 +296,39 @@ def test_the_card_as_lines(table, tmp_path):
     assert lines[0].startswith("IVF16,Flat: 2,400 rows of image, 32 wide, 137")
     assert lines[1] == "knobs as given: nprobe=2"
     assert "queries a second at 1 thread" in lines[2]
-    assert [line.split()[0] for line in lines[3:]] == ["queries", "text", "image", "fused"]
+    assert [line.split()[0] for line in lines[3:7]] == ["queries", "text", "image", "fused"]
+    assert lines[7:] == [
+        "image and fused queries are pictures of the index itself; others may find less"
+    ]
     assert "own pair" in lines[3]
     assert set(card.costs) == {"query_s", "exact_row_s"}
     assert all(seconds > 0 for seconds in card.costs.values())
+
+
+def test_what_the_lines_say_of_figures_that_are_old_or_below_the_target(table, tmp_path):
+    card = build_index(table, tmp_path / "index", factory="Flat", query_count=20)
+
+    def notes(**changes):
+        return describe(replace(card, **changes))[7:]
+
+    text, *others = card.reached
+
+    def at(value, high):
+        figure = replace(text.at_10, value=value, low=0.5, high=high)
+        return (replace(text, against_exact=(figure,)), *others)
+
+    assert len(notes()) == 1
+    assert notes(reached=at(0.94, 0.96)) == [
+        *notes(),
+        "below the target: text queries reach 94.0 % of the 95 % asked for; that is within the "
+        "error of 10 queries",
+    ]
+    assert "94.0 % of the 95 % asked for, the most that was" in notes(reached=at(0.94, 0.949))[-1]
+    assert notes(reached=at(0.95, 0.96)) == notes()
+    assert "before the last change, which left" in notes(generation=1)[-1]
+    assert "before the last change: with 7 removed rows" in notes(generation=1, removed=7)[-1]
+    assert "7 removed rows still count" in notes(generation=1, measured=1, removed=7)[-1]
+    assert "no text queries are left" in describe(replace(card, reached=tuple(others)))[-1]
 
 
 def test_the_pilot_spares_what_cannot_reach_the_target(table):
