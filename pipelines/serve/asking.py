@@ -121,9 +121,12 @@ def read_json(schema: type[Schema], body: bytes | str, limits: Limits) -> Schema
     Raises:
         Refused: It is no JSON or has too many values (400), or is of another form (422).
     """
-    commas = body.count(b",") if isinstance(body, bytes) else body.count(",")
-    if commas > limits.commas:
-        raise Refused(400, f"the JSON has too many values; at most {limits.commas:,}")
+    data = body if isinstance(body, bytes) else body.encode("utf-8", "replace")
+    most = limits.commas + limits.k
+    if data.count(b",") > most:
+        raise Refused(400, f"the JSON has too many values; at most {most:,}")
+    if data.count(b"\\") > limits.escapes:
+        raise Refused(400, f"the JSON has too many backslashes; at most {limits.escapes:,}")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
@@ -135,7 +138,7 @@ def _unreadable(error: ValidationError) -> Refused:
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return Refused(400, first["msg"])
-    place = ".".join(str(part) for part in first["loc"]) or "the request"
+    place = ".".join(str(part)[:100] for part in first["loc"]) or "the request"
     return Refused(422, f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}")
 
 

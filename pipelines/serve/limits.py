@@ -54,8 +54,10 @@ class Limits:
         terms: Parts of a query.
         text: Characters of a text, and of an SQL expression.
         values: Fields and values of all filters by field together.
-        commas: In a request's JSON. They bound what is built of it before anything else is known:
-            a picture is one long text without any, and a million small values are no search.
+        commas: In a request's JSON, besides those between `k` ids. They bound what is built of it
+            before anything else is known: a picture is one long text without any, and a million
+            small values are no search.
+        escapes: Backslashes in it; each is slow to read.
         waiting: Requests under way.
         seconds: Until an answer is there.
         read_seconds: Until a request's headers are there, and then its body.
@@ -69,7 +71,8 @@ class Limits:
     terms: int = 16
     text: int = 4000
     values: int = 2000
-    commas: int = 100_000
+    commas: int = 20_000
+    escapes: int = 500_000
     waiting: int = 1024
     seconds: float = 30.0
     read_seconds: float = 15.0
