@@ -160,11 +160,10 @@ class Search:
 
     def _row(self, number: int) -> Float32[np.ndarray, " dim"]:
         """The vector of a row of the index."""
-        rows = self.searcher.rows
-        row = rows.places(np.array([number], np.int64))
+        row = self.searcher.places(np.array([number], np.int64))
         if row[0] < 0:
             raise ConfigError(f"like: the index holds no row with id {number}")
-        return rows.vectors(row)[0]
+        return self.searcher.rows.vectors(row)[0]
 
     def _head(self, name: str | None, terms: Sequence[Term]) -> str | None:
         """The head to fuse with; of an index of fused rows, theirs."""

@@ -97,6 +97,7 @@ QUERIES: dict[str, Query] = {
     "a head that reads tokens": Query((Term(DOG), Term("red bar")), "intermediate"),
     "leaning to the picture": Query((Term(CAT, 1.5), Term("blue", 0.5)), "early"),
     "leaning to the text": Query((Term(CAT, 0.2), Term("blue", 1.8)), "intermediate"),
+    "a head and light weights": Query((Term(CAT, 0.1), Term("blue", 0.3)), "early"),
     "fused, and more": Query(
         (Term("dot", -0.7), Term(CAT, 0.6), Term(DOG, -0.2), Term("blue", 1.0), Term(VECTOR, 0.3)),
         "intermediate",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyarrow import parquet
 import align
 from align.bundle import fingerprint, save
 from align.fusion import FUSION_HEADS
+from eval.index.change import remove
 from eval.search.searcher import Searcher
 from pipelines import pretrain
 from pipelines.cli import VERBS, main, parse
@@ -331,6 +333,17 @@ def test_rows_like_a_row_need_no_model_and_are_not_found_themselves(place, capsy
     third = rows.vectors(np.array([3]))[0]
     expected = nearest(place, first + second - 0.5 * third, 40, without=(7, 9))
     assert ids_of(answer) == expected
+
+
+def test_a_removed_row_can_be_asked_for_no_more(place, tmp_path, capsys):
+    shutil.copytree(place / "index", tmp_path / "index")
+    remove(tmp_path / "index", [7])
+    for asked in ("like=7", "terms=[{id: 7}]", "terms=[{text: red}, {id: 7, weight: -0.5}]"):
+        line = refused(capsys, "search", f"index={tmp_path / 'index'}", asked)
+        assert "like: the index holds no row with id 7" in line
+    answer = found(tmp_path, capsys, "like=8", "k=470")
+    assert len(ids_of(answer)) == answer["matching"] - 1
+    assert 7 not in ids_of(answer)
 
 
 def test_filters_leave_what_they_say_and_a_short_list_says_why(place, tmp_path, capsys):

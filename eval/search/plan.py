@@ -3,6 +3,9 @@
 Which is quickest is estimated from what was measured when the index was built. Under a filter an
 index that was tuned without one finds less, so that it is asked twice, with twice the effort, until
 the answer stays the same; what costs more than exact search by then is searched exactly.
+
+Scores are cosines of the vectors that the index keeps on disk, whatever its own codes say: those of
+rough codes choose the candidates, and the vectors rank them.
 """
 
 from dataclasses import dataclass
@@ -133,9 +136,7 @@ class Planner:
         asked = min(int(k / (allowed.count / allowed.of) * 1.1) + 16, allowed.of)
         scores, rows = self._engine.as_tuned(queries, asked)
         good = allowed.has(rows)
-        order = np.argsort(~good, axis=1, kind="stable")[:, :k]
-        rows = np.take_along_axis(np.where(good, rows, -1), order, axis=1)
-        scores = np.take_along_axis(np.where(good, scores, -np.inf), order, axis=1)
+        rows, scores = np.where(good, rows, -1), np.where(good, scores, -np.inf)
         return self._completed(queries, k, allowed, scores, rows)
 
     def _until_steady(
@@ -195,9 +196,9 @@ class Planner:
         scores: Float32[ndarray, "queries some"],
         rows: Int64[ndarray, "queries some"],
     ) -> tuple[Float32[ndarray, "queries k"], Int64[ndarray, "queries k"]]:
-        """Lists that the index leaves short (a graph has unreachable corners), found exactly."""
-        if rows.shape[1] < k:
-            return exact_among(self._rows, queries, k, allowed)
+        """The `k` best candidates; lists left short (graphs have unreachable corners) exactly."""
+        if rows.shape[1] != k or not self._engine.lossless:
+            scores, rows = self._ranked(queries, k, scores, rows)
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):
             scores[short], rows[short] = exact_among(self._rows, queries[short], k, allowed)

@@ -117,7 +117,8 @@ class Searcher:
         """
         _check_options(min_score, collapse, diversity, offset)
         allowed = self._filter.allowed(where, fields)
-        ranking = self._ranking(vectors, k, allowed, exclude, plan)
+        first = k * (1 if diversity == 0 else _POOL) * (1 if collapse is None else 2)
+        ranking = self._ranking(vectors, first, allowed, exclude, plan)
         picked = self._picked(
             ranking,
             offset + k,
@@ -215,16 +216,16 @@ class Searcher:
     def _ranking(
         self,
         vectors: Float[ndarray, "queries dim"],
-        k: int,
+        first: int,
         allowed: Allowed | None,
         exclude: Sequence[Collection[SampleId]] | None,
         plan: Plan,
     ) -> Ranking:
-        self._check(vectors, k, exclude)
+        self._check(vectors, first, exclude)
         return Ranking(
             self._planner,
             unit_rows(vectors),
-            first=k,
+            first=first,
             allowed=allowed,
             banned=[self.rows.held(some) for some in exclude or [()] * len(vectors)],
             plan=plan,
