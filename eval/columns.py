@@ -74,7 +74,7 @@ def agreed(schemas: Sequence[pa.Schema]) -> Agreement:
     types: dict[str, set[pa.DataType]] = {}
     mixed: set[str] = set()
     for schema in schemas:
-        noted = json.loads((schema.metadata or {}).get(_MIXED, b"[]"))
+        noted: list[str] = json.loads((schema.metadata or {}).get(_MIXED, b"[]"))
         mixed |= {names.get(name, name) for name in noted}
         for name, kind in zip(names_of(schema), schema.types, strict=True):
             types.setdefault(names.get(name, name), set()).add(kind)

@@ -254,6 +254,17 @@ def test_scraped_fields_are_kept_and_told_of(place, tmp_path, capsys, size):
     assert "several types are kept as text: mixed\n" in out
 
 
+def test_a_model_that_is_nowhere_is_told_before_anything_is_loaded(place, tmp_path):
+    def missing(model: str) -> list[str]:
+        return settings(place, tmp_path / "t", model=model).missing_places()
+
+    (line,) = missing(str(tmp_path / "nope"))
+    assert "there is no bundle" in line
+    assert missing("nope")
+    for model in (str(place / "bundle"), "owner/name", "open_clip:ViT-B-32@openai"):
+        assert missing(model) == []
+
+
 def stay(self: Accelerator) -> None:
     """Instead of leaving the other process."""
 

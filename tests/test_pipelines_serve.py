@@ -997,6 +997,9 @@ def test_mistakes_are_told(world, tmp_path, capsys):
     assert "give an index" in refused(capsys)
     assert "there is no file" in refused(capsys, str(tmp_path / "none"))
     assert "there is no file" in refused(capsys, f"indexes={{a: {tmp_path}/none}}")
+    line = refused(capsys, str(world / "bundle"))
+    assert "bundle: not an index (no index.json)" in line
+    assert "loading" not in line, "it is told before anything is loaded"
     assert "is no name" in refused(capsys, f"indexes={{a/b: {world}/one}}")
     assert "there twice" in refused(capsys, f"{world}/one", f"indexes={{one: {world}/two}}")
     assert "not both" in refused(capsys, f"{world}/one", "token=a", f"token_file={world}/one")
@@ -1052,5 +1055,7 @@ def test_signals_end_it_cleanly(sign, world, capsys):
         assert serve() == 0
     thread.join()
     assert seen == [200]
-    assert capsys.readouterr().out == f"one (48 rows): {url}\n"
+    captured = capsys.readouterr()
+    assert captured.out == f"one (48 rows): {url}\n"
+    assert captured.err == "loading one and what asks them\n"
     assert (signal.getsignal(signal.SIGTERM), threading.active_count()) == before

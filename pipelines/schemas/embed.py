@@ -73,3 +73,14 @@ class EmbedConfig(Config):
         if self.head is not None and "fused" not in self.rows:
             raise ValueError("head: it makes fused rows, and there are none: add fused to rows")
         return self
+
+    def missing_places(self) -> list[str]:
+        """As everywhere, and a model that is neither a folder nor a name elsewhere."""
+        missing = super().missing_places()
+        is_name = ":" in self.model or self.model.count("/") == 1
+        if not is_name and not Path(self.model).exists():
+            missing.append(
+                f"model: there is no bundle {self.model}: no such folder, and no hub id "
+                "(OWNER/NAME)"
+            )
+        return missing

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 def run(config: ServeConfig) -> int:
     """Serve until a signal ends it: Ctrl-C (130) or SIGTERM (0)."""
     token = read_token(config)
+    _check_folders(config)
     _allow_files(config.max_connections + 200)
     with listening(config.host, config.port) as door:
+        names = ", ".join(config.folders)
+        print(f"loading {names} and what asks them", file=sys.stderr, flush=True)
         served = prepare(config, token)
         is_open = token is None and not _is_loopback(door)
         served.server.ready = lambda: _tell(served, address(door), is_open=is_open)
@@ -47,6 +50,15 @@ def run(config: ServeConfig) -> int:
             signal.signal(signal.SIGTERM, before)
             served.service.close()
     return 0
+
+
+def _check_folders(config: ServeConfig) -> None:
+    """See that there are indexes, before all that takes seconds to load."""
+    for folder in config.folders.values():
+        if not (folder / "index.json").is_file():
+            raise ConfigError(
+                f"{folder}: not an index (no index.json); make one with `align index TABLE FOLDER`"
+            )
 
 
 def _allow_files(count: int) -> None:
