@@ -40,10 +40,8 @@ from eval.index.folder import (
 from eval.index.lists import relisted
 from eval.index.recall import draw_queries
 from eval.index.rows import IndexRows, mapped
+from eval.index.train import Progress
 from eval.table import EmbeddingTable, unified_schema
-
-Progress = Callable[[str, int, int], None]
-"""Told of long work: what it is, how much is done, of how much."""
 
 
 def append(
