@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from pipelines.config import Config
 from pipelines.schemas.evaluation import EvaluateConfig, FuseConfig
-from pipelines.schemas.training import PretrainConfig
 from pipelines.schemas.index import IndexConfig
+from pipelines.schemas.training import PretrainConfig
 
 DEMO_TASKS = ("unseen artist", "unseen artist, by subgroup", "unseen concepts")
 BUILT_IN_SPLITS = ("train", "vendor", "unseen")
