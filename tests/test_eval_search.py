@@ -4,6 +4,7 @@ import inspect
 import resource
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -337,7 +338,8 @@ def test_scores_are_the_cosines_of_the_rows_with_and_without_a_filter(table, sea
             right = np.take_along_axis(cosines, hits.ids // 2, axis=1)
             np.testing.assert_allclose(hits.scores, right, atol=1e-5)
             assert (np.diff(hits.scores, axis=1) <= 0).all()
-            said.append({(q, i): s for q in range(40) for i, s in zip(hits.ids[q], hits.scores[q])})
+            pairs = [(query, one) for query, ids in enumerate(hits.ids) for one in ids]
+            said.append(dict(zip(pairs, hits.scores.ravel(), strict=True)))
     for other in said[1:]:
         both = said[0].keys() & other.keys()
         assert len(both) > 100
@@ -355,17 +357,17 @@ class Steps:
     def __init__(self):
         self.efforts = []
 
-    def wanted(self, k, effort):
+    def wanted(self, k, _effort):
         return k
 
-    def selected(self, queries, k, allowed, effort):
+    def selected(self, queries, _k, _allowed, effort):
         self.efforts.append(effort)
         row = {1.0: 5, 2.0: 3}.get(effort, 1)
         return np.full((len(queries), 1), 1 - row / 10, np.float32), np.array([[row]])
 
 
 def test_an_index_is_asked_until_its_answer_stays_the_same():
-    planner = object.__new__(Planner)
+    planner: Any = object.__new__(Planner)
     planner._engine, planner._rows = Steps(), [None] * 1000
     planner._query_s, planner._row_s = 1e-9, 1.0
     mask = np.arange(1000) % 2 == 1
@@ -375,17 +377,18 @@ def test_an_index_is_asked_until_its_answer_stays_the_same():
     assert planner._engine.efforts == [1.0, 2.0, 4.0, 8.0]
 
 
-def filter_over(columns):
+def filter_over(columns) -> Any:
     """A filter over these columns and the ids from 0 on."""
     table = pa.table(columns)
 
     class Rows:
-        ids = np.arange(len(table))
+        def __init__(self):
+            self.ids = np.arange(len(table))
+            self.table = table.append_column("id", pa.array(self.ids))
 
         def __len__(self):
-            return len(table)
+            return len(self.ids)
 
-    Rows.table = table.append_column("id", pa.array(Rows.ids))
     filter_ = object.__new__(RowFilter)
     inspect.unwrap(RowFilter.__init__)(filter_, Rows(), np.empty(0, np.int64), seconds=60.0)
     return filter_
@@ -404,9 +407,9 @@ def test_the_most_that_an_expression_may_make_takes_little_memory():
 def test_columns_that_differ_only_in_case_cannot_be_filtered_by():
     filter_ = filter_over({"Name": ["A", "B"], "name": ["a", "b"], "ID": [7, 8], "n": [1, 2]})
     assert [*filter_.columns] == ["n", "id"]
-    for options in ({"where": "name = 'b'"}, {"fields": {"name": "b"}}, {"where": "Name = 'B'"}):
+    for where, fields in (("name = 'b'", {}), (None, {"name": "b"}), ("Name = 'B'", {})):
         with pytest.raises(ValueError, match=r"name|Name"):
-            filter_.allowed(**options)
+            filter_.allowed(where, fields)
     assert filter_.allowed("id = 1 and n = 2").count == 1
 
 

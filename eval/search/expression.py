@@ -180,13 +180,13 @@ def _literal(part: Mapping[str, Any]) -> str:
 def _within(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts right within a part, in order, but types."""
     found: list[dict[str, Any]] = []
-    waiting = [value for name, value in reversed(part.items()) if name != "type_expr"]
+    waiting = [value for name, value in reversed(list(part.items())) if name != "type_expr"]
     while waiting:
         one = waiting.pop()
         if isinstance(one, dict) and "class" in one:
             found.append(one)
         elif isinstance(one, dict):
-            waiting += reversed(one.values())
+            waiting += reversed(list(one.values()))
         elif isinstance(one, list):
             waiting += reversed(one)
     return found

@@ -116,6 +116,7 @@ class Searcher:
             ValueError: As :meth:`neighbours`.
         """
         _check_options(min_score, collapse, diversity, offset)
+        _check_count(k)
         allowed = self._filter.allowed(where, fields)
         first = k * (1 if diversity == 0 else _POOL) * (1 if collapse is None else 2)
         ranking = self._ranking(vectors, first, allowed, exclude, plan)
@@ -157,6 +158,7 @@ class Searcher:
             ValueError: `k` is below 1, the vectors are not as wide as the index, one of them has no
                 direction (NaN, infinity, zeros), or `exclude` has another length.
         """
+        _check_count(k)
         live = self._filter.live
         ranking = self._ranking(vectors, k, live, exclude, plan)
         ranking.deepen(k)
@@ -221,7 +223,7 @@ class Searcher:
         exclude: Sequence[Collection[SampleId]] | None,
         plan: Plan,
     ) -> Ranking:
-        self._check(vectors, first, exclude)
+        self._check(vectors, exclude)
         return Ranking(
             self._planner,
             unit_rows(vectors),
@@ -277,11 +279,8 @@ class Searcher:
     def _check(
         self,
         vectors: Float[ndarray, "queries dim"],
-        k: int,
         exclude: Sequence[Collection[SampleId]] | None,
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
         if vectors.shape[1] != self.card.dim:
             raise ValueError(
                 f"queries are {vectors.shape[1]} wide, but the index holds vectors of "
@@ -290,6 +289,11 @@ class Searcher:
         if exclude is not None and len(exclude) != len(vectors):
             raise ValueError(f"exclude: {len(exclude)} entries for {len(vectors)} queries")
         check_rows(vectors, "query")
+
+
+def _check_count(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
 
 
 def _check_options(
