@@ -76,8 +76,25 @@ def _built(config: IndexConfig, progress: Progress) -> IndexCard:
         raise ConfigError(f"embeddings: {config.table} is no index by other tools")
     if kind == "index":
         return _adopted(config, progress)
+    table = _table(config)
+    with _in_our_words():
+        return _whole(config, table, progress)
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """An error of the library names the option as the user does."""
+    try:
+        yield
+    except ValueError as error:
+        if "max_bytes" not in str(error):
+            raise
+        raise ConfigError(str(error).replace("max_bytes", "max_memory")) from error
+
+
+def _whole(config: IndexConfig, table: EmbeddingTable, progress: Progress) -> IndexCard:
     return build_index(
-        _table(config),
+        table,
         config.out,
         factory=config.factory,
         knobs=config.knobs,
@@ -241,16 +258,20 @@ def _in_shares(config: IndexConfig, share: Share, progress: Progress) -> IndexCa
 def _changed(config: IndexConfig, progress: Progress) -> list[str]:
     """Remove, then compact, as asked."""
     card = IndexCard.load(config.out)
-    before = card
+    before, unknown = card, 0
     if config.remove is not None:
-        card = remove(config.out, _ids(config.remove))
+        wanted = _ids(config.remove)
+        rows = open_index(config.out, check="sizes", memory_map=True).rows
+        unknown = len(set(wanted)) - len(rows.held(wanted))
+        card = remove(config.out, wanted)
     elif config.remove_where is not None:
         card = remove(config.out, _where(config.out, config.remove_where))
     removed = card.removed - before.removed
+    passed = [f"{unknown:,} ids that the index does not hold passed over"] * bool(unknown)
     if config.compact:
         card = compact(config.out, progress=progress)
-        return [f"{before.rows - card.rows:,} removed rows taken out", *describe(card)]
-    said = describe(card)
+        return [f"{before.rows - card.rows:,} removed rows taken out", *passed, *describe(card)]
+    said = [*passed, *describe(card)]
     return [f"{removed:,} rows removed, {card.live:,} left; figures from before", *said]
 
 

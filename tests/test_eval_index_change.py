@@ -272,12 +272,12 @@ def test_removing_is_refused_or_done_whole(built):
     before = files_in(built)
     ids = open_index(built).rows.ids
     with pytest.raises(ValueError, match="no row with the id 6 and 1 others; nothing removed"):
-        remove(built, [5, 6, 7])
+        remove(built, [6, 7])
     with pytest.raises(ValueError, match="no row would be left"):
         remove(built, ids)
     assert files_in(built) == before
     assert remove(built, [5, 8]).removed == 2
-    again = remove(built, [8])  # as after a kill
+    again = remove(built, [8, 9])  # as after a kill
     assert (again.removed, again.generation) == (2, 1)
     assert remove(built, [8, 11]).removed == 3
     assert open_index(built).removed.tolist() == [0, 1, 2]
@@ -367,6 +367,22 @@ def test_a_change_of_another_process_meanwhile_is_not_overwritten(built):
 
 
 # --- kills and full disks ---
+
+
+def test_a_copy_that_finds_no_room_names_the_file_that_found_none(tmp_path, monkeypatch):
+    (tmp_path / "one").write_bytes(b"x")
+
+    def elsewhere(*_args):
+        raise OSError(errno.EXDEV, "")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "", str(source), None, str(target))
+
+    monkeypatch.setattr(Path, "hardlink_to", elsewhere)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        index_folder.link(tmp_path / "one", tmp_path / "other/two")
+    assert caught.value.filename == str(tmp_path / "other/two")
 
 
 def test_leftovers_go_and_other_files_stay(built):

@@ -68,9 +68,10 @@ def test_an_index_is_built_and_changed_by_the_command(tables, tmp_path, capsys):
     assert said.startswith(f"{out}: IVF4,Flat: 300 rows of image, 16 wide")
     assert call(capsys, tables / "two", out, "append=true")[0] == 0
     assert Searcher(out).live == 430
-    (tmp_path / "ids").write_text("5\n\n 8 \n")
+    (tmp_path / "ids").write_text("5\n\n 8 \n7\n-3\n")
     code, said, _ = call(capsys, out, f"remove={tmp_path}/ids")
     assert said.startswith(f"{out}: 2 rows removed, 428 left; figures from before")
+    assert "\n2 ids that the index does not hold passed over\n" in said
     assert "from before the last change: with 2 removed rows" in said
     code, said, _ = call(capsys, out, "remove_where=parity = 0 AND id < 305")
     assert said.startswith(f"{out}: 49 rows removed, 379 left")
@@ -163,6 +164,9 @@ def test_tables_that_cannot_be_used(tables, tmp_path, capsys):
     out = tmp_path / "index"
     assert "there is no file or folder" in refused(capsys, tmp_path / "nowhere", out)
     assert "FAISS says" in refused(capsys, one, out, "factory=Nonsense")
+    said = refused(capsys, one, out, "max_memory=1KB")
+    assert "max_memory 1,000: 300 rows of 16 take at least" in said
+    assert said.endswith("allow so much")
     assert "holds no fused embeddings" in refused(capsys, one, out, "modality=fused")
     assert "can: IVF4096,Flat" in refused(capsys, one, out, "on_disk=true", "factory=HNSW16")
     assert "says itself which model" in refused(capsys, one, out, "model=somewhere")

@@ -364,7 +364,7 @@ def worth_building(
         least = min(candidates(rows, dim), key=lambda one: one.bytes)
         raise ValueError(
             f"max_bytes {aim.max_bytes:,}: {rows:,} rows of {dim} take at least {least.bytes:,} "
-            f"({least.factory})"
+            f"({least.factory}); allow so much"
         )
     if len(found) == 1 or found[0].factory == "Flat":
         return found[:1]

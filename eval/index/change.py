@@ -122,10 +122,11 @@ _QUERIES = 1000
 def remove(folder: Path | str, ids: Collection[int] | Int64[ndarray, " ids"]) -> IndexCard:
     """Have no search find these rows any more; :func:`compact` takes them out of the files.
 
-    Ids that were removed before stay so. The figures of the card are those before the change.
+    Ids that were removed before stay so; unknown ones (compacted away, say) are passed over. The
+    figures of the card are those before the change.
 
     Raises:
-        ValueError: The index holds no row with one of the ids, would have no row left, or another
+        ValueError: The index holds no row with any of the ids, would have no row left, or another
             process changes it.
     """
     folder = Path(folder)
@@ -138,11 +139,11 @@ def _removed(folder: Path, ids: Collection[int] | Int64[ndarray, " ids"]) -> Ind
     card = opened.card
     wanted = np.unique(np.array(list(ids), dtype=np.int64))
     rows = opened.rows.places(wanted)
-    if (rows < 0).any():
+    if (rows < 0).all():
         unknown = wanted[rows < 0]
         more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
         raise ValueError(f"{folder}: holds no row with the id {unknown[0]}{more}; nothing removed")
-    removed = np.union1d(opened.removed, rows)
+    removed = np.union1d(opened.removed, rows[rows >= 0])
     if len(removed) == card.rows:
         raise ValueError(f"{folder}: no row would be left; remove the folder instead")
     if len(removed) == card.removed:
