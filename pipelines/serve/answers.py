@@ -1,6 +1,7 @@
 """Answers: a query through the encoder, its vector through the index, hits as JSON values."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from pipelines.serve.limits import Limits, Refused
 from pipelines.serve.metrics import Metrics
 
 T = TypeVar("T")
+_QUICK, _FEW = 0.0005, 100
+"""Seconds of FAISS, and hits, up to which a search is quick."""
 _OWN = ("id", "key", "caption", "shard")
 """Columns that every row has; the others are the samples' own fields."""
 
@@ -138,7 +141,11 @@ class Service:
             return hits, time.perf_counter() - started
 
         try:
-            hits, seconds = await self._in(self._searches, search)
+            if _is_quick(served, k, options):
+                faiss.omp_set_num_threads(1)  # of this thread, as of those
+                hits, seconds = search()
+            else:
+                hits, seconds = await self._in(self._searches, search)
         except FilterTimeoutError as error:
             raise Refused(504, str(error)) from None
         except ValueError as error:
@@ -183,6 +190,17 @@ class Service:
             encoder.close()
         for pool in (self._searches, self._pictures):
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _is_quick(served: ServedIndex, k: int, options: Mapping[str, Any]) -> bool:
+    """Whether a search takes less than handing it to another thread and back.
+
+    Nearly all of such a search is Python, which would hold up the event loop from there as well.
+    """
+    slow = ("where", "fields", "collapse", "diversity")
+    cost = served.searcher.card.costs.get("query_s", math.inf)
+    few = k + options.get("offset", 0) <= _FEW
+    return cost < _QUICK and few and not any(options.get(name) for name in slow)
 
 
 def _listed(hits: Hits, served: ServedIndex) -> list[dict[str, Any]]:
